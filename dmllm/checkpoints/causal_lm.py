@@ -1,0 +1,81 @@
+"""Autoregressive language models of transformers as backbones: Llama, Mistral, Qwen2 and Qwen3 shapes.
+
+Their blocks are our `Transformer`'s, and their names too, below "model."; what differs is in the two tables here. A
+setting that our blocks do not have is refused, so that what is loaded computes what the original computed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from dmllm.checkpoints.weights import read_weights, refuse_keys
+from dmllm.models.backbones.transformer import Transformer, TransformerConfig
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+REQUIRED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+
+
+def from_transformers(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Shape and float32 weights of a causal language model's folder, under our names.
+
+    Raises:
+        ValueError: another architecture, a setting our blocks do not have, or a weight too few or too many; named.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in KINDS:
+        raise ValueError(f"backbone {folder}: model_type={config.model_type!r} is not one of {', '.join(KINDS)}.")
+    shape = _shape(config, folder)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in read_weights(folder, dtype=torch.float32).items()
+        if not name.endswith("rotary_emb.inv_freq")  # computed, though old files hold it
+    }
+    if shape.tie_word_embeddings and "embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    with torch.device("meta"):
+        expected = Transformer(shape).state_dict()
+    refuse_keys(expected.keys() - weights.keys(), weights.keys() - expected.keys(), folder, config.model_type)
+    return shape, weights
+
+
+def _shape(config: PreTrainedConfig, folder: Path) -> TransformerConfig:
+    for name, value in REQUIRED.items():
+        if (found := getattr(config, name, value)) != value:
+            raise ValueError(f"backbone {folder}: {name}={found!r} is not supported; only {value!r} is.")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"backbone {folder}: rope_parameters={rope} are not supported; only rope_type 'default' is.")
+    return TransformerConfig(
+        **{name: getattr(config, name) for name in COPIED},
+        head_dim=getattr(config, "head_dim", None),
+        rope_theta=rope.get("rope_theta", TransformerConfig.rope_theta),
+        **KINDS[config.model_type],
+    )

@@ -1,0 +1,186 @@
+"""Checkpoints are Hugging Face folders: config.json, model.safetensors, generation_config.json, the tokenizer's and the
+processor's files, and a model card. Written beside their place and renamed, read strictly; no code is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmllm.checkpoints.card import model_card
+from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
+from dmllm.config import to_dict
+from dmllm.data.processor import Processor
+from dmllm.hub import fetch
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.multimodal import MultimodalModel
+
+CONFIG, GENERATION, CARD, PROCESSOR = "config.json", "generation_config.json", "README.md", "processor_config.json"
+TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+OTHERS = (*TOKENIZER_FILES, "*.safetensors", "README.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a folder held; `processor` is None where there is no tokenizer, `generation` the decode defaults."""
+
+    model: MultimodalModel
+    processor: Processor | None
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    path: str | Path,
+    model: MultimodalModel,
+    processor: Processor | None = None,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the folder; one that is there is replaced at the end, so a reader never sees half of it.
+
+    Args:
+        generation: decode defaults; None is the model's own `generation_defaults`.
+        card: text for the model card, such as what it was trained on.
+        dtype: of the weights in the file; None as they are.
+
+    Raises:
+        ValueError: `path` is a folder that holds something other than a checkpoint.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()) and not (path / CONFIG).is_file():
+        raise ValueError(f"{path} holds files but no {CONFIG}, so it is no checkpoint to be replaced; name another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new, state_dict=_cast(model.state_dict(), dtype))
+        if dtype is not None:
+            _update(new / CONFIG, {"dtype": str(dtype).removeprefix("torch.")})
+        if processor is not None:
+            processor.save_pretrained(new)
+        generation = getattr(model, "generation_defaults", {}) if generation is None else generation
+        (new / GENERATION).write_text(json.dumps(to_dict(dict(generation)), indent=2) + "\n", encoding="utf-8")
+        (new / CARD).write_text(model_card(path.name, model, generation, card), encoding="utf-8")
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> Loaded:
+    """Read a folder, the folder of a packaged model, or a hub name, for evaluation.
+
+    Args:
+        device: where the model goes; None is the CPU.
+        dtype: of the weights; None is the file's own, but float32 on a CPU.
+        revision: branch, tag or commit of a hub name.
+
+    Raises:
+        FileNotFoundError: there is no such folder or name; says what there is and how to get it.
+        ValueError: it is another kind of model, or weights are missing, unexpected or of the wrong shape; named.
+    """
+    folder = resolve(path_or_name, revision=revision)
+    config = read_config(folder)
+    device = torch.device(device or "cpu")
+    kept: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    try:
+        model, report = MultimodalModel.from_pretrained(
+            folder, config=config, dtype=kept, use_safetensors=True, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit the model of its {CONFIG}: {error}") from None
+    refuse_keys(report["missing_keys"], report["unexpected_keys"], folder, f"the model of its {CONFIG}")
+    generation = _read(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    model.generation_defaults = {k: v for k, v in generation.items() if k not in ("transformers_version", "_from_model_config")}
+    processor = Processor.from_pretrained(folder) if (folder / PROCESSOR).is_file() else None
+    return Loaded(model=model.to(device).eval(), processor=processor, generation=dict(model.generation_defaults))
+
+
+def load_processor(path_or_name: str | Path, *, revision: str | None = None) -> Processor:
+    """The processor alone, without reading weights. Raises ValueError for a folder that has none, else as `load`."""
+    folder = resolve(path_or_name, revision=revision)
+    if not (folder / PROCESSOR).is_file():
+        raise ValueError(f"{folder} has no {PROCESSOR}: it is a model without a tokenizer, which works on ids only.")
+    return Processor.from_pretrained(folder)
+
+
+def read_config(folder: Path) -> DmllmConfig:
+    """The folder's configuration. Raises ValueError where it is another kind of model."""
+    kind = model_type(folder)
+    if kind != DmllmConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, not {DmllmConfig.model_type!r}. A Llama- or Qwen-shaped language "
+            f"model can be the start of one: in a training YAML, write model: {{backbone: {folder}, vision: ...}}."
+        )
+    return DmllmConfig.from_pretrained(folder)
+
+
+def model_type(folder: Path) -> str | None:
+    """What kind of model a folder says it holds."""
+    return _read(folder / CONFIG).get("model_type")
+
+
+def resolve(path_or_name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: an existing one, else a packaged model's, else a hub name's."""
+    name = str(path_or_name)
+    need = (CONFIG, WEIGHTS)
+    if not Path(name).is_dir():
+        packaged = {path.name: path for path in _packaged()}
+        if name in packaged:
+            return fetch(str(packaged[name]), need)
+        if name.count("/") != 1:
+            known = ", ".join(sorted(packaged)) or "none"
+            raise FileNotFoundError(
+                f"{name!r} is neither a folder (seen from {Path.cwd()}) nor a packaged model (there are: {known}); a hub "
+                "name has the form 'owner/name'."
+            )
+    return fetch(name, need, also=OTHERS, revision=revision)
+
+
+def _packaged() -> list[Path]:
+    """Folders of the models that come with dmllm."""
+    root = Path(str(files("dmllm"))) / "assets" / "models"
+    return [path for path in root.iterdir() if (path / CONFIG).is_file()] if root.is_dir() else []
+
+
+def _cast(weights: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    if dtype is None:
+        return weights
+    cast: dict[Any, torch.Tensor] = {}
+    return {
+        name: cast.setdefault((w.data_ptr(), w.shape), w.to(dtype) if w.is_floating_point() else w)  # tied ones stay one
+        for name, w in weights.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _update(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(_read(path) | values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""Text -> ids, and what must not be spelled in a text: the part of a tokenizer that rows are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dmllm.types import Message, Part, SpecialTokens
+
+CACHED_TEXTS = 65536  # ids of recent short texts; questions repeat
+CACHED_CHARACTERS = 512
+
+
+class Tokens:
+    """A tokenizer's ids for rendered text; never truncated, no special tokens added, recent short texts remembered."""
+
+    def __init__(self, tokenizer: Any, special: SpecialTokens):
+        self.tokenizer, self.image = tokenizer, special.image
+        self.mask_text = self.text_of(special.mask)
+        self.image_text = None if special.image is None else self.text_of(special.image)
+        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_texts = tuple(sorted(specials | set(tokenizer.all_special_tokens)))
+        self._encoder = _encoder(tokenizer)
+        self._cache: dict[str, tuple[np.ndarray, list[int]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}, "_encoder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._encoder = _encoder(self.tokenizer)
+
+    def encode(self, text: str) -> tuple[np.ndarray, list[int]]:
+        """The ids [n] int64 of a text, and where among them the image tokens are."""
+        found = self._cache.get(text)
+        if found is None:
+            ids = np.array(self._encoder(text), dtype=np.int64)
+            places = [] if self.image is None else np.flatnonzero(ids == self.image).tolist()
+            found = ids, places
+            if len(text) <= CACHED_CHARACTERS:
+                if len(self._cache) >= CACHED_TEXTS:
+                    self._cache.clear()
+                self._cache[text] = found
+        return found
+
+    def text_of(self, token_id: int) -> str:
+        """A token's own text. Raises ValueError for an id that the tokenizer does not have."""
+        text = self.tokenizer.convert_ids_to_tokens(int(token_id))
+        if text is None:
+            raise ValueError(f"The tokenizer has no token {token_id}; it knows {len(self.tokenizer)} tokens.")
+        return text
+
+    def images_in(self, messages: list[Message]) -> list[Part]:
+        """The image parts of the messages.
+
+        Raises:
+            ValueError: an answer with an image, or a text that spells the mask token or the image token.
+        """
+        images = []
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    if message["role"] == "assistant":
+                        raise ValueError("an image in an assistant turn; answers are text.")
+                    images.append(part)
+                elif self.mask_text in part["text"] or (self.image_text and self.image_text in part["text"]):
+                    found = self.mask_text if self.mask_text in part["text"] else self.image_text
+                    raise ValueError(
+                        f"the text contains {found!r}, a special token of the model; give images as image parts, and "
+                        "write such names differently."
+                    )
+        return images
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Encodes with a copy of the tokenizer, which calls of the original cannot set to truncate."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return lambda text: tokenizer.encode(text, add_special_tokens=False)
+    own = Tokenizer.from_str(backend.to_str())
+    own.no_truncation()
+    own.no_padding()
+    return lambda text: own.encode(text, add_special_tokens=False).ids

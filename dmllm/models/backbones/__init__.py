@@ -1,0 +1,7 @@
+"""Backbones by name. An entry is a pair (module class, config class)."""
+
+from __future__ import annotations
+
+from dmllm.registry import Table
+
+BACKBONES = Table("backbone", {"transformer": "dmllm.models.backbones.transformer:TRANSFORMER"})

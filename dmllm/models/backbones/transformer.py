@@ -1,0 +1,215 @@
+"""The transformer under every model here: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+It knows nothing of objectives or sampling: what a row may see arrives as a `Visibility`, what was computed before as a
+cache, soft tokens as embeddings. With its switches (`qk_norm`, `qkv_bias`, untied head, `head_dim`) it has the shapes
+of LLaDA (arXiv:2502.09992), Dream / Qwen2 and SDAR / Qwen3.
+
+Shapes: B rows, L tokens, D hidden, H query heads, G key/value heads, d head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from dmllm.nn.cache import KVCache
+from dmllm.nn.rope import rotary_tables, rotate
+from dmllm.nn.visibility import Visibility
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The shape. Names are transformers' own."""
+
+    vocab_size: int = 32000
+    """Rows of the embedding and of the vocabulary projection."""
+    hidden_size: int = 512
+    """Width of the stream."""
+    num_hidden_layers: int = 8
+    """Blocks."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int | None = None
+    """Key/value heads; each serves num_attention_heads / this many query heads. None: as many as query heads."""
+    head_dim: int | None = None
+    """Width of one head. None: hidden_size / num_attention_heads."""
+    intermediate_size: int | None = None
+    """Inner width of the feed-forward. None: 8/3 of hidden_size, rounded up to a multiple of 32."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square before the root."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before rotation (Qwen3, SDAR)."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2, Dream)."""
+    tie_word_embeddings: bool = False
+    """One matrix for the embedding and the vocabulary projection."""
+    attention: str = "dense"
+    """"dense": SDPA with a boolean mask. "flex": flex attention, compiled, which skips unseen blocks (GPU)."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; output projections are further divided by sqrt(2 * layers)."""
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.kv_heads}; each key/value head must serve equally many query heads."
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
+                "set head_dim, or change one of them."
+            )
+        if self.attention not in ("dense", "flex"):
+            raise ValueError(f"attention={self.attention!r} is not one of: dense, flex.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def inner_width(self) -> int:
+        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a backbone returns: hidden rows [B, L, D] after the last norm, and further losses by name."""
+
+    hidden: Tensor
+    aux: dict[str, Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over what the mask shows."""
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.layer, self.flex = layer, config.attention == "flex"
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_width
+        width, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        norm = config.qk_norm
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cache: KVCache | None) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        grouped = self.kv_heads != self.heads
+        if self.flex:
+            mixed = _flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.inner_width
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the stream."""
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids -> embeddings -> hidden rows -> logits, each step callable alone."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., D]."""
+        return self.embed_tokens(ids)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Hidden rows [..., D] -> logits [..., V]."""
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        visibility: Visibility,
+        cache: KVCache | None = None,
+        time: Tensor | None = None,
+    ) -> Output:
+        """Embeddings [B, L, D] at `positions` [B, L] -> hidden rows [B, L, D].
+
+        `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
+        """
+        context = None if cache is None else cache.visibility
+        mask = visibility.flex(context) if self.config.attention == "flex" else visibility.dense(context)
+        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta, embeds.dtype)
+        x = embeds
+        for block in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, cache)
+        if cache is not None:
+            cache.finish(visibility)
+        return Output(self.norm(x), {})
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal weights; projections back into the stream are scaled down by depth (GPT-2, section 2.3)."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                back = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=std / (2 * len(self.layers)) ** 0.5 if back else std)
+
+
+_flex = torch.compile(flex_attention, dynamic=False)
+TRANSFORMER = (Transformer, TransformerConfig)

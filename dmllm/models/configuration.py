@@ -1,0 +1,54 @@
+"""What `config.json` of a dmllm checkpoint says: the parts of the model and the ids that carry meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from dmllm.nn.visibility import LAYOUTS
+from dmllm.types import SpecialTokens
+
+
+class DmllmConfig(PreTrainedConfig):
+    """Parts as plain mappings, so that the file is complete and readable.
+
+    backbone: the fields of `TransformerConfig`, and optionally `type`, a name of `BACKBONES`.
+    vision, projector: the fields of `VisionConfig` and `ProjectorConfig`; null for a text-only model.
+    visibility: how prompt and canvas see each other, a name of `nn.visibility.LAYOUTS`.
+    row_break: whether a learned vector ends each row of a tiled image.
+    """
+
+    model_type = "dmllm"
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        projector: dict[str, Any] | None = None,
+        mask_token_id: int = 0,
+        eos_token_id: int = 1,
+        pad_token_id: int = 1,
+        image_token_id: int | None = None,
+        visibility: str = "full",
+        row_break: bool = False,
+        **kwargs: Any,
+    ):
+        if visibility not in LAYOUTS:
+            raise ValueError(f"visibility={visibility!r} is not one of {', '.join(LAYOUTS)}.")
+        self.backbone = backbone or {}
+        self.vision = vision
+        self.projector = projector
+        self.mask_token_id = mask_token_id
+        self.image_token_id = image_token_id
+        self.visibility = visibility
+        self.row_break = row_break
+        kwargs.setdefault("tie_word_embeddings", bool(self.backbone.get("tie_word_embeddings", False)))
+        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+    @property
+    def special(self) -> SpecialTokens:
+        """The special ids as the data, objectives and samplers take them."""
+        return SpecialTokens(
+            mask=self.mask_token_id, eos=self.eos_token_id, pad=self.pad_token_id, image=self.image_token_id
+        )

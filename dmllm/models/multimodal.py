@@ -1,0 +1,201 @@
+"""The architecture: text embeddings and projected image patches in one stream, a backbone, logits where asked for.
+
+    pixels --vision--> patches --projector--> image rows --+
+                                                           +--> stream --backbone--> hidden rows --unembed--> logits
+    ids ----embed----> token rows -------------------------+
+
+Aligned logits: `logits[:, i]` scores the token AT i. The vocabulary projection runs only on the rows asked for: with
+126k rows of vocabulary it is the largest exact saving in training memory and in decoding.
+
+Shapes: B rows, L stream rows, T image tiles, N rows of one tile, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dmllm.models.backbones import BACKBONES
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.projectors import ProjectorConfig, build_projector
+from dmllm.models.vision import VisionConfig, build_vision
+from dmllm.nn.cache import KVCache
+from dmllm.nn.visibility import Visibility, layout
+from dmllm.types import PADDING, ROW_BREAK
+
+
+@dataclass
+class MultimodalOutput(ModelOutput):
+    """logits [B, L, V], or at the rows asked for; hidden [B, L, D]; aux: the backbone's further losses by name."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    aux: dict[str, Tensor] | None = None
+
+
+class MultimodalModel(PreTrainedModel):
+    """A multimodal diffusion language model; without `config.vision`, a text-only one."""
+
+    config_class = DmllmConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: DmllmConfig, *, load_vision_weights: bool = False):
+        super().__init__(config)
+        shape = dict(config.backbone)
+        module, shape_class = BACKBONES.load(shape.pop("type", "transformer"))
+        self.backbone = module(shape_class(**shape))
+        self._tied_weights_keys = (
+            {"backbone.lm_head.weight": "backbone.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        )
+        self.vision = self.projector = self.row_break = None
+        width = self.backbone.config.hidden_size
+        if config.vision is not None:
+            self.vision = build_vision(VisionConfig(**config.vision), load_weights=load_vision_weights)
+            self.projector = build_projector(
+                ProjectorConfig(**(config.projector or {})),
+                in_features=self.vision.hidden_size,
+                out_features=width,
+                grid=self.vision.grid,
+            )
+        if config.row_break:
+            self.row_break = nn.Parameter(torch.empty(width))
+        self.post_init()
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of one tile in the stream."""
+        if self.projector is None:
+            raise ValueError("This model has no vision encoder: it takes text only.")
+        return self.projector.grid
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image."""
+        if self.vision is None or self.projector is None:
+            raise ValueError("This model has no vision encoder: it takes text only; leave the images out.")
+        return self.projector(self.vision(pixel_values)).flatten(0, 1)
+
+    def embed(self, input_ids: Tensor, image_slots: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+        """The stream [B, L, D]: token rows, with image rows gathered where a slot names one."""
+        stream = self.backbone.embed(input_ids)
+        if image_slots is None:
+            return stream
+        if self.row_break is not None:
+            stream = torch.where((image_slots == ROW_BREAK)[..., None], self.row_break.to(stream.dtype), stream)
+        if image_features is not None:
+            rows = image_features.to(stream.dtype)[image_slots.clamp(min=0)]
+            stream = torch.where((image_slots >= 0)[..., None], rows, stream)
+        return stream
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_slots: Tensor | None = None,
+        image_features: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        canvas: Tensor | None = None,
+        visibility: Visibility | None = None,
+        cache: KVCache | None = None,
+        time: Tensor | None = None,
+        rows: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> MultimodalOutput:
+        """Logits of every row, or of `rows`.
+
+        Args:
+            input_ids: [B, L]; or `inputs_embeds` [B, L, D] in its place.
+            attention_mask: [B, L], 0 at padding; used where no `documents` or `visibility` say it.
+            pixel_values, image_slots: tiles [T, 3, H, W] uint8 and the image row each stream row holds; `image_features`
+                [T * N, D] in place of pixels when they are already encoded.
+            documents, positions: [B, L]; without them each row is one document, counted from its first real token.
+            visibility: who sees whom; without it, the config's layout with the rows of `canvas` [B, L] bool being
+                denoised (all of them, if that is not said either).
+            rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
+        """
+        if inputs_embeds is None:
+            assert input_ids is not None, "forward needs input_ids or inputs_embeds"
+            if pixel_values is not None and image_features is None:
+                image_features = self.encode_images(pixel_values)
+            inputs_embeds = self.embed(input_ids, image_slots, image_features)
+        positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
+        output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
+        hidden = gather_rows(output.hidden, rows)
+        return MultimodalOutput(logits=self.backbone.unembed(hidden), hidden=output.hidden, aux=output.aux)
+
+    def _defaults(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        canvas: Tensor | None,
+        visibility: Visibility | None,
+    ) -> tuple[Tensor, Visibility]:
+        shape, device = embeds.shape[:2], embeds.device
+        if documents is None:
+            documents = torch.zeros(shape, dtype=torch.int64, device=device)
+            if attention_mask is not None:
+                documents = documents.masked_fill(attention_mask == 0, PADDING)
+        if positions is None:
+            positions = ((documents != PADDING).cumsum(1) - 1).clamp(min=0)
+        if visibility is None:
+            canvas = documents >= 0 if canvas is None else canvas
+            visibility = layout(self.config.visibility, documents=documents, canvas=canvas)
+        return positions, visibility
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.lm_head = value
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, in the backbone and, where its library can, in the tower."""
+        self.backbone.gradient_checkpointing = enabled
+        if self.vision is not None and hasattr(self.vision, "set_gradient_checkpointing"):
+            self.vision.set_gradient_checkpointing(enabled)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Random weights for a model from scratch: backbone, projector and row break; the tower keeps its library's."""
+        self.backbone.initialise()
+        if self.projector is not None:
+            for module in self.projector.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=self.backbone.config.initializer_range)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        if self.row_break is not None:
+            nn.init.normal_(self.row_break, std=self.backbone.config.initializer_range)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing at construction: `initialise` is called by who builds from scratch, and loading fills the rest."""
+
+
+def gather_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """The hidden rows that are to be projected: all, [B, K] of each batch row, or [N] of the flattened batch."""
+    if rows is None:
+        return hidden
+    if rows.ndim == 1:
+        return hidden.flatten(0, 1)[rows]
+    return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,0 +1,211 @@
+"""Projectors: patch features of the vision encoder -> rows of the backbone's stream.
+
+    linear         one matrix                                             (LLaVA, arXiv:2304.08485)
+    mlp2x_gelu     linear, GELU, linear                                   (LLaVA-1.5, arXiv:2310.03744)
+    pool           neighbouring patches averaged or resized, then project (LaViDa, arXiv:2505.16839)
+    pixel_shuffle  neighbouring patches laid side by side, then project   (InternVL, arXiv:2404.16821)
+    resampler      learned queries read the patches by cross-attention    (Flamingo's Perceiver, arXiv:2204.14198)
+
+Each has `grid`, the (rows, cols) that one tile takes in the stream, row by row.
+Shapes: T tiles, rows x cols patches of width `in_features` -> rows' x cols' of width `out_features`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmllm.registry import Table
+
+PROJECTORS = Table(
+    "projector",
+    {
+        "linear": "dmllm.models.projectors:Linear",
+        "mlp2x_gelu": "dmllm.models.projectors:Mlp",
+        "pool": "dmllm.models.projectors:Pool",
+        "pixel_shuffle": "dmllm.models.projectors:PixelShuffle",
+        "resampler": "dmllm.models.projectors:Resampler",
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """Which projector, and its own settings."""
+
+    name: str = "mlp2x_gelu"
+    """A name of PROJECTORS, or "package.module:attribute"."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that projector, e.g. {factor: 2, mode: bilinear} for pool."""
+
+
+def build_projector(
+    config: ProjectorConfig, *, in_features: int, out_features: int, grid: tuple[int, int]
+) -> nn.Module:
+    """The projector for patches of width `in_features` on `grid`. Raises ValueError for a setting it does not have."""
+    projector = PROJECTORS.load(config.name)
+    try:
+        return projector(in_features, out_features, tuple(grid), **config.options)
+    except TypeError as error:
+        raise ValueError(f"projector {config.name!r} refuses options={config.options}: {error}.") from None
+
+
+class Linear(nn.Linear):
+    """One matrix with bias."""
+
+    def __init__(self, in_features: int, out_features: int, grid: tuple[int, int]):
+        super().__init__(in_features, out_features)
+        self.grid = grid
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear; the hidden width is `out_features`. Keys are LLaVA's: 0 and 2."""
+
+    def __init__(self, in_features: int, out_features: int, grid: tuple[int, int]):
+        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+        self.grid = grid
+
+
+class Pool(nn.Module):
+    """Fewer patches, then a projection. A side that `factor` does not divide is rounded up (27 -> 14).
+
+    Args:
+        factor: patches per output row along each side.
+        mode: "average" over each factor x factor window, or "bilinear" resizing.
+        then: the projection, "mlp2x_gelu" or "linear".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: tuple[int, int],
+        factor: int = 2,
+        mode: str = "average",
+        then: str = "mlp2x_gelu",
+    ):
+        super().__init__()
+        if mode not in ("average", "bilinear"):
+            raise ValueError(f"pool mode={mode!r} is not one of: average, bilinear.")
+        _check_factor("pool", factor)
+        self.patches, self.factor, self.mode = grid, factor, mode
+        self.grid = (-(-grid[0] // factor), -(-grid[1] // factor))
+        self.project = _projection(then, in_features, out_features, self.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.transpose(1, 2).unflatten(2, self.patches)  # [T, D, rows, cols]
+        if self.mode == "average":
+            pooled = F.avg_pool2d(image, self.factor, ceil_mode=True, count_include_pad=False)
+        else:
+            pooled = F.interpolate(image, size=self.grid, mode="bilinear", align_corners=False)
+        return self.project(pooled.flatten(2).transpose(1, 2))
+
+
+class PixelShuffle(nn.Module):
+    """Each factor x factor square of patches becomes one row of factor^2 times the width, then a projection.
+
+    Args:
+        factor: patches per output row along each side; must divide both sides of the grid.
+        then: the projection, "mlp2x_gelu" or "linear".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: tuple[int, int],
+        factor: int = 2,
+        then: str = "mlp2x_gelu",
+    ):
+        super().__init__()
+        _check_factor("pixel_shuffle", factor)
+        if grid[0] % factor or grid[1] % factor:
+            raise ValueError(
+                f"pixel_shuffle factor={factor} does not divide the {grid[0]} x {grid[1]} patches; use a factor that "
+                "does, another vision.image_size, or 'pool', which rounds up."
+            )
+        self.patches, self.factor = grid, factor
+        self.grid = (grid[0] // factor, grid[1] // factor)
+        self.project = _projection(then, in_features * factor**2, out_features, self.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (rows, cols), f = self.grid, self.factor
+        squares = x.unflatten(1, (rows, f, cols, f)).transpose(2, 3)  # [T, rows', cols', f, f, D]
+        return self.project(squares.flatten(3).flatten(1, 2))
+
+
+class Resampler(nn.Module):
+    """Learned queries that read the patches: a fixed number of rows, whatever the patch grid.
+
+    Args:
+        num_queries: rows per tile; laid out as a square if it is one, else as one line.
+        depth: blocks of cross-attention and feed-forward.
+        num_heads: attention heads; None gives heads of width 64 (one, where `out_features` is smaller).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: tuple[int, int],
+        num_queries: int = 64,
+        depth: int = 2,
+        num_heads: int | None = None,
+    ):
+        super().__init__()
+        heads = num_heads or max(out_features // 64, 1)
+        if num_queries < 1 or depth < 1 or out_features % heads:
+            raise ValueError(
+                f"resampler num_queries={num_queries} and depth={depth} must be at least 1, and num_heads={heads} must "
+                f"divide the width {out_features} of the stream."
+            )
+        side = isqrt(num_queries)
+        self.grid = (side, side) if side**2 == num_queries else (1, num_queries)
+        self.project = nn.Linear(in_features, out_features)
+        self.queries = nn.Parameter(torch.randn(num_queries, out_features) * 0.02)
+        self.positions = nn.Parameter(torch.randn(grid[0] * grid[1], out_features) * 0.02)
+        self.blocks = nn.ModuleList(_Reader(out_features, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.project(x) + self.positions  # [T, rows * cols, D]
+        rows = self.queries.expand(x.shape[0], -1, -1)  # [T, num_queries, D]
+        for block in self.blocks:
+            rows = block(rows, patches)
+        return self.norm(rows)
+
+
+class _Reader(nn.Module):
+    """Queries read the patches and themselves, then a feed-forward; both added to the stream."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_rows, self.norm_patches, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, rows: Tensor, patches: Tensor) -> Tensor:
+        normed = self.norm_rows(rows)
+        seen = torch.cat([self.norm_patches(patches), normed], dim=1)
+        q = self.q(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [T, heads, num_queries, D / heads]
+        k, v = self.kv(seen).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        rows = rows + self.out(read)
+        return rows + self.mlp(self.norm_mlp(rows))
+
+
+def _projection(name: str, in_features: int, out_features: int, grid: tuple[int, int]) -> nn.Module:
+    if name not in ("linear", "mlp2x_gelu"):
+        raise ValueError(f"then={name!r} is not one of: linear, mlp2x_gelu.")
+    return PROJECTORS.load(name)(in_features, out_features, grid)
+
+
+def _check_factor(name: str, factor: int) -> None:
+    if not isinstance(factor, int) or factor < 1:
+        raise ValueError(f"{name} factor={factor} must be a whole number of at least 1; 1 keeps every patch.")

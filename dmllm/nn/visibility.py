@@ -1,0 +1,113 @@
+"""The one rule of attention: who sees whom, from an integer rank, a stream and a document per row.
+
+Within one document, a row sees another when
+
+    canvas  -> canvas  : rank_k == rank_q          context -> context : rank_k <= rank_q
+    canvas  -> context : rank_k <  rank_q          context -> canvas  : never
+
+Every document also sees the rows of document PREFIX by the same comparison of ranks; PREFIX rows see only each other.
+A PADDING row sees only itself. Autoregressive, masked, prefix, block and permutation models differ in their ranks
+alone: the table stands in `layout` and, for training block models, in their objective.
+
+Sources: the masks of BD3-LM (arXiv:2503.09573, section 3.2), LaViDa's prefix-DLM (arXiv:2505.16839) and XLNet
+(arXiv:1906.08237, section 2.3) as one function. Shapes: B rows of a batch, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from dmllm.types import PADDING, PREFIX
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What the rule needs to know of each row."""
+
+    rank: Tensor  # [B, L] int64
+    canvas: Tensor  # [B, L] bool: True on the canvas (being denoised), False in the context (given)
+    document: Tensor  # [B, L] int64: 0, 1, ..., or PREFIX, or PADDING
+
+    def dense(self, context: Visibility | None = None) -> Tensor:
+        """The mask for SDPA, [B, 1, Q, K] bool, True where row q sees row k.
+
+        With `context` (rows whose keys are cached) the keys are those rows followed by these.
+        """
+        keys = self if context is None else Visibility.cat(context, self)
+        q, k = self._columns(-1), keys._columns(-2)
+        offset = keys.rank.shape[1] - self.rank.shape[1]
+        row = torch.arange(self.rank.shape[1], device=self.rank.device)
+        same_row = (row[:, None] + offset) == torch.arange(keys.rank.shape[1], device=row.device)
+        return (visible(*q, *k) | same_row)[:, None]
+
+    def flex(self, context: Visibility | None = None) -> BlockMask:
+        """The same mask for flex attention, which skips the blocks in which nothing is seen."""
+        keys = self if context is None else Visibility.cat(context, self)
+        offset = keys.rank.shape[1] - self.rank.shape[1]
+
+        def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            query = (self.rank[b, q], self.canvas[b, q], self.document[b, q])
+            key = (keys.rank[b, k], keys.canvas[b, k], keys.document[b, k])
+            return visible(*query, *key) | (q + offset == k)
+
+        batch, length = self.rank.shape
+        return create_block_mask(sees, batch, None, length, keys.rank.shape[1], device=str(self.rank.device))
+
+    def _columns(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rank.unsqueeze(dim), self.canvas.unsqueeze(dim), self.document.unsqueeze(dim)
+
+    def select(self, rows: Tensor | slice) -> Visibility:
+        """The same rule for some rows of the batch."""
+        return Visibility(self.rank[rows], self.canvas[rows], self.document[rows])
+
+    @staticmethod
+    def cat(*parts: Visibility) -> Visibility:
+        """Streams laid one after another along the length."""
+        return Visibility(
+            torch.cat([p.rank for p in parts], 1),
+            torch.cat([p.canvas for p in parts], 1),
+            torch.cat([p.document for p in parts], 1),
+        )
+
+
+def visible(q_rank, q_canvas, q_document, k_rank, k_canvas, k_document) -> Tensor:  # type: ignore[no-untyped-def]
+    """The rule itself, on anything that broadcasts. A row's sight of itself is added by the caller."""
+    by_rank = torch.where(
+        q_canvas,
+        torch.where(k_canvas, k_rank == q_rank, k_rank < q_rank),
+        ~k_canvas & (k_rank <= q_rank),
+    )
+    together = (q_document == k_document) | (k_document == PREFIX)
+    return by_rank & together & (q_document != PADDING) & (k_document != PADDING)
+
+
+LAYOUTS = ("full", "prefix", "causal")
+
+
+def layout(kind: str, *, documents: Tensor, canvas: Tensor) -> Visibility:
+    """Ranks for a stream of given and noised rows, by the name a checkpoint carries.
+
+    Args:
+        kind: "full": every row on one canvas, all see all of their document (LLaDA, MDLM). "prefix": the canvas sees
+            all, what is given sees only what is given (LaViDa); rows of document PREFIX see only each other.
+            "causal": every row sees itself and what precedes it.
+        documents: [B, L] int64.
+        canvas: [B, L] bool, the rows that are (or may be) noised.
+
+    Raises:
+        ValueError: unknown kind, or PREFIX rows under "full", where the prefix would have to see every document.
+    """
+    rank = torch.zeros_like(documents)
+    if kind == "full":
+        return Visibility(rank, torch.ones_like(canvas), documents)
+    if kind == "prefix":
+        rank = torch.where(documents == PREFIX, -2, torch.where(canvas, 0, -1))
+        return Visibility(rank, canvas & (documents != PREFIX), documents)
+    if kind == "causal":
+        rank = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        return Visibility(rank, torch.zeros_like(canvas), documents)
+    raise ValueError(f"visibility={kind!r} is not one of {', '.join(LAYOUTS)}.")

@@ -1,0 +1,320 @@
+"""Text and images in, text out: load a checkpoint, then chat, stream, generate on ids, or ask for logits.
+
+    messages, images --Processor.prompt--> rows --Predictor--> logits <--> samplers.denoise --> ids --> text
+
+Row i of a batch is answered as the same request alone, whatever the other rows' lengths and pictures: the same tokens
+in float32 (to rounding in the model), also when tokens are drawn, since every row has a generator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmllm.checkpoints import folder
+from dmllm.data.collate import collate
+from dmllm.predictor import Predictor, encode_distinct
+from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
+from dmllm.samplers.canvas import Canvas, reply_length
+from dmllm.samplers.config import DecodeConfig, decode_config
+from dmllm.samplers.denoise import denoise
+from dmllm.tiling import TilingConfig
+from dmllm.types import Batch, Example, SpecialTokens, Step
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer."""
+
+    text: str
+    ids: list[int]  # up to the end of sequence, which is not among them
+    num_forwards: int  # model calls until this answer was finished
+    finish_reason: str  # "stop": an end of sequence was found; "length": the canvas is full
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` returns for P columns of input_ids and N = max_new_tokens."""
+
+    sequences: Tensor  # [B, P + N]: input_ids as given, then the answer; pad tokens after its end of sequence
+    num_forwards: Tensor  # [B] model calls until each row was finished
+    trajectory: list[Step]  # the canvas after every model call
+
+
+def load(
+    path_or_name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+) -> Pipeline:
+    """A checkpoint ready to be asked.
+
+    Args:
+        path_or_name: a folder, a packaged name such as "dmllm-tiny", or a hub name.
+        device: None is the GPU if there is one, else the CPU.
+        dtype: None is float32 on a CPU and the checkpoint's own elsewhere.
+        revision: of a hub name: a branch, tag or commit.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such checkpoint, or it is not complete; the message says which file.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not a torch dtype; use float32, bfloat16 or float16.")
+        dtype = found
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    loaded = folder.load(path_or_name, device=device, dtype=dtype, revision=revision)
+    return Pipeline(loaded.model, loaded.processor, loaded.generation)
+
+
+class Pipeline:
+    """A model, the processor that feeds it, and its decode defaults.
+
+    Args:
+        model: a `MultimodalModel`, or what is called like one.
+        processor: None for a checkpoint without a tokenizer: `generate` and `logits` remain.
+        generation: decode defaults by name, as in `generation_config.json`; its other keys are passed by.
+
+    Every method that decodes takes `generator` (a number, a torch.Generator, a list of one a row, or None for torch's
+    global one), `use_cache` (None: where it is exact; False: never) and, as `**decode`, the fields of
+    `samplers.config.DecodeConfig`: max_new_tokens, steps, block_length, remasking, threshold, temperature, top_p,
+    cfg_scale, eos_token_id.
+    """
+
+    def __init__(self, model: Any, processor: Any = None, generation: dict[str, Any] | None = None):
+        self.model, self.processor = model.eval(), processor
+        self.generation = dict(generation or {})
+        self.special: SpecialTokens = model.config.special
+
+    def chat(
+        self,
+        messages: Any,
+        images: Any = None,
+        *,
+        generator: Seeds = None,
+        use_cache: bool | None = None,
+        **decode: Any,
+    ) -> Any:
+        """Answer a text or a conversation (a `Reply`), or each request of a list of them (a list of `Reply`).
+
+        Args:
+            messages: a text; a list of {"role", "content"}; or a list of such requests.
+            images: for one request an image or a list of them (path, bytes, data URL, PIL); for a batch a list with
+                that, or None, for each. They fill the image parts that hold none, or go before the first question.
+
+        Raises:
+            ValueError: a request, an image or a decode option is not understood; the message says what is.
+        """
+        config = self.decode_config(**decode)
+        requests, single = split_requests(messages, images)
+        if not requests:
+            return []
+        examples = self._prompts(requests)
+        *_, last = self._denoise(examples, config, generator, use_cache)
+        replies = self._replies(last, config)
+        return replies[0] if single else replies
+
+    def stream(
+        self,
+        messages: Any,
+        images: Any = None,
+        *,
+        generator: Seeds = None,
+        use_cache: bool | None = None,
+        **decode: Any,
+    ) -> Iterator[Step]:
+        """What `chat` does, as it goes: the canvas after every model call. `replies(step)` reads one."""
+        config = self.decode_config(**decode)
+        examples = self._prompts(split_requests(messages, images)[0])
+        return self._denoise(examples, config, generator, use_cache)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        images: Any = None,
+        *,
+        streamer: Any = None,
+        generator: Seeds = None,
+        use_cache: bool | None = None,
+        **decode: Any,
+    ) -> Generated:
+        """Continue ids [B, P] by a canvas of max_new_tokens.
+
+        Args:
+            attention_mask: [B, P], 0 at padding on the left or on the right; positions count from a row's first token.
+            images: a list in the order of their image tokens, or a list (or None) for each row. An image token stands
+                once for each image, or as often as the image has rows.
+            streamer: transformers' streamer (`TextDiffusionStreamer` also shows drafts); for one row.
+
+        Raises:
+            ValueError: shapes, image tokens or decode options do not fit; or a streamer with more than one row.
+        """
+        config = self.decode_config(**decode)
+        ids, asked = self._asked(input_ids, attention_mask, images)
+        if streamer is not None:
+            if len(ids) != 1:
+                raise ValueError(f"streamer= takes one row, not a batch of {len(ids)}; call generate once for each.")
+            streamer.put(ids)
+        trajectory = []
+        for step in self._denoise([a.example for a in asked], config, generator, use_cache):
+            trajectory.append(step)
+            if hasattr(streamer, "put_draft"):
+                streamer.put_draft(step.ids.cpu())
+        last = trajectory[-1]
+        length, stopped = reply_length(last.ids, last.committed, config.stop_ids)
+        kept = torch.arange(last.ids.shape[1], device=last.ids.device) < (length + stopped)[:, None]
+        answers = last.ids.masked_fill(~kept, self.special.pad)
+        if streamer is not None:
+            streamer.put(answers[kept].cpu())
+            streamer.end()
+        return Generated(torch.cat([ids.to(answers.device), answers], 1), last.num_forwards, trajectory)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        images: Any = None,
+        time: Tensor | None = None,
+        canvas: Tensor | None = None,
+    ) -> Tensor:
+        """Aligned logits [B, P, V]: entry [b, i] scores the token AT column i of the ids.
+
+        Args:
+            attention_mask, images: as for `generate`; values at padding mean nothing, and at an image token that
+                stands for a whole image they are those of its first row.
+            time: [B] or [B, P], for models conditioned on it.
+            canvas: [B, P] bool, the columns that are being denoised, for models whose prompt does not see them;
+                None is all.
+        """
+        ids, asked = self._asked(input_ids, attention_mask, images)
+        batch = self._collate([a.example for a in asked])
+        features = encode_distinct(self.model, batch)
+        columns = torch.zeros_like(batch.input_ids)
+        for row, own in enumerate(asked):
+            columns[row, : len(own.columns)] = own.columns
+        batch, device = batch.to(self.device), self.device
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            whole = values is not None and values.ndim == 2
+            return values.cpu().gather(1, columns).to(device) if whole else values  # type: ignore[union-attr]
+
+        found = self.model(
+            input_ids=batch.input_ids,
+            image_slots=batch.image_slots,
+            image_features=features,
+            documents=batch.documents,
+            positions=batch.positions,
+            canvas=spread(canvas),
+            time=spread(time),
+            rows=torch.stack([own.rows for own in asked]).to(device),
+        ).logits
+        assert found.shape[:2] == ids.shape
+        return found
+
+    def decode_config(self, **decode: Any) -> DecodeConfig:
+        """The settings of one call: `decode` over the checkpoint's defaults. Raises ValueError naming a wrong one."""
+        config = decode_config(decode, self.generation)
+        if config.eos_token_id is not None:
+            return config
+        own = getattr(self.processor, "stop_ids", None) or (self.special.eos,)
+        return replace(config, eos_token_id=list(own))
+
+    def replies(self, step: Step, **decode: Any) -> list[Reply]:
+        """The answers that a step of `stream` shows so far: what is known in order, up to the end of sequence."""
+        return self._replies(step, self.decode_config(**decode))
+
+    def text(self, step: Step) -> str:
+        """The first row's answer in a step."""
+        return self.replies(step)[0].text
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself, special tokens by their names."""
+        tokenizer = self._processor().tokenizer
+        return [tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tiling(self) -> TilingConfig | None:
+        """How images are cut: the processor's way, or one tile of the vision encoder's size; None for text only."""
+        if self.processor is not None:
+            return self.processor.config.tiling
+        vision = getattr(self.model, "vision", None)
+        if vision is None:
+            return None
+        size, grid = tuple(vision.image_size), tuple(self.model.image_grid)
+        return TilingConfig(
+            tile_size=size, grid=grid, row_break=self.model.config.row_break, interpolation=vision.interpolation
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Parts, sizes, ids and decode defaults, by name."""
+        config, count = self.model.config, lambda m: sum(p.numel() for p in m.parameters())
+        parts = {n: m for n in ("backbone", "vision", "projector") if (m := getattr(self.model, n, None)) is not None}
+        exact = "prompt computed once (exact)" if config.visibility != "full" else "none: the prompt sees the canvas"
+        tiling = self.tiling
+        return {
+            "parameters": f"{count(self.model):,}",
+            **{name: f"{count(module):,}" for name, module in parts.items()},
+            "shape": ", ".join(f"{k} {v}" for k, v in config.backbone.items()),
+            "vision tower": (config.vision or {}).get("name", "none: text only"),
+            "image": "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}",
+            "visibility": config.visibility,
+            "cache": exact,
+            "special ids": ", ".join(f"{k} {v}" for k, v in vars(self.special).items()),
+            "decoding": ", ".join(f"{k}={v}" for k, v in vars(self.decode_config()).items()),
+            "device": f"{self.device}, {self.model.dtype}",
+        }
+
+    def _denoise(
+        self, examples: list[Example], config: DecodeConfig, generator: Seeds, use_cache: bool | None
+    ) -> Iterator[Step]:
+        predictor = Predictor(
+            self.model,
+            self._collate(examples),
+            config.max_new_tokens,
+            self.special.mask,
+            cfg_scale=config.cfg_scale,
+            use_cache=use_cache,
+        )
+        canvas = Canvas.blank(len(examples), config.max_new_tokens, self.special.mask, self.device)
+        return denoise(predictor, canvas, config, row_generators(generator, examples))
+
+    def _collate(self, examples: list[Example]) -> Batch:
+        tiling = self.tiling
+        return collate(examples, self.special, rows_per_tile=tiling.rows_per_tile if tiling else 0)
+
+    def _prompts(self, requests: list[tuple[Any, list[Any]]]) -> list[Example]:
+        prompt: Callable[..., Example] = self._processor().prompt
+        return [prompt(conversation, images or None) for conversation, images in requests]
+
+    def _asked(self, input_ids: Any, attention_mask: Any, images: Any) -> tuple[Tensor, list[Asked]]:
+        ids = torch.as_tensor(input_ids).cpu()
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask).cpu()
+        prefix = self.processor is not None and self.processor.config.image_prefix
+        asked = rows_of_ids(ids, mask, images, tiling=self.tiling, image_prefix=prefix, special=self.special)
+        return ids, asked
+
+    def _processor(self) -> Any:
+        if self.processor is None:
+            raise ValueError("This checkpoint has no tokenizer, so it cannot chat; use generate() and logits() on ids.")
+        return self.processor
+
+    def _replies(self, step: Step, config: DecodeConfig) -> list[Reply]:
+        length, stopped = reply_length(step.ids, step.committed, config.stop_ids)
+        rows = zip(step.ids.tolist(), length.tolist(), stopped.tolist(), step.num_forwards.tolist(), strict=True)
+        decode = self._processor().decode
+        return [
+            Reply(decode(ids[:n]), ids[:n], forwards, "stop" if ended else "length") for ids, n, ended, forwards in rows
+        ]

@@ -1,0 +1,79 @@
+"""The state that the denoising loop carries: some tokens of each row are known, the rest are to be found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PER_ROW = ("ids", "committed", "requests", "block", "calls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """B answers of N tokens. What is known is what `committed` says; a mask token in `ids` says nothing."""
+
+    ids: Tensor  # [B, N] int64, the mask token where not committed
+    committed: Tensor  # [B, N] bool
+    requests: Tensor  # [B] int64: which row of the first canvas this is, as finished rows leave
+    block: Tensor  # [B] int64: the block being filled, -1 before the first
+    calls: Tensor  # [B] int64: model calls spent on it
+    mask_id: int
+
+    @staticmethod
+    def of(ids: Tensor, committed: Tensor, mask_id: int) -> Canvas:
+        """A canvas on which `ids` [B, N] are known where `committed` [B, N]."""
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        return Canvas(
+            ids=ids.masked_fill(~committed, mask_id),
+            committed=committed,
+            requests=rows,
+            block=torch.full_like(rows, -1),
+            calls=torch.zeros_like(rows),
+            mask_id=mask_id,
+        )
+
+    @staticmethod
+    def blank(batch: int, length: int, mask_id: int, device: torch.device | str = "cpu") -> Canvas:
+        """A canvas on which nothing is known."""
+        ids = torch.full((batch, length), mask_id, dtype=torch.int64, device=device)
+        return Canvas.of(ids, torch.zeros_like(ids, dtype=torch.bool), mask_id)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def take(self, rows: Tensor) -> Canvas:
+        """Some rows of the batch, `rows` [B'] int64."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in PER_ROW})
+
+    def put(self, part: Canvas) -> Canvas:
+        """This first canvas with the rows of `part` in their places: the inverse of `take`."""
+        if part.requests is self.requests:
+            return part
+        return replace(self, **{n: getattr(self, n).index_copy(0, part.requests, getattr(part, n)) for n in PER_ROW})
+
+    def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor) -> Canvas:
+        """Write `tokens` [B, K] at positions `rows` [B, K] where `chosen` [B, K]; what is committed stays as it is.
+
+        A position may stand several times in `rows` (as padding), but is chosen at most once.
+        """
+        found = torch.zeros_like(self.ids).scatter_add_(1, rows, tokens * chosen)
+        fresh = torch.zeros_like(self.ids).scatter_add_(1, rows, chosen.long()).bool() & ~self.committed
+        return replace(self, ids=torch.where(fresh, found, self.ids), committed=self.committed | fresh)
+
+    def finished(self, stop_ids: tuple[int, ...]) -> Tensor:
+        """[B] bool: all is known, or all up to and including the first of `stop_ids`."""
+        length, stopped = reply_length(self.ids, self.committed, stop_ids)
+        return stopped | (length == self.ids.shape[1])
+
+
+def reply_length(ids: Tensor, committed: Tensor, stop_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """How long each answer is, [B] int64, and whether a stop token ended it, [B] bool.
+
+    An answer is what is known in order, up to the first of `stop_ids`, which is not part of it.
+    """
+    ends = committed & torch.isin(ids, torch.tensor(stop_ids, dtype=ids.dtype, device=ids.device))
+    length = (committed & ~ends).cumprod(1).sum(1)
+    ended = ends.gather(1, length.clamp(max=ids.shape[1] - 1)[:, None]).squeeze(1)
+    return length, ended & (length < ids.shape[1])

@@ -1,0 +1,182 @@
+"""How an image becomes tiles and stream rows, from its width and height alone: pure arithmetic, no pixels.
+
+    resize   one tile, the aspect ratio ignored
+    pad      one tile, the image centred on a canvas of the tile's shape (LLaVA's expand2square), then resized
+    anyres   a base tile (the whole image, resized) and the image at its best-fitting pinpoint resolution, centred and
+             cut into tiles in row-major order (LLaVA-NeXT's any-resolution)
+
+Source: LLaVA-NeXT `mm_utils.py` (select_best_resolution, resize_and_pad_image, expand2square) and `llava_arch.py`
+(unpad_image, image_newline).
+Conventions: sizes are (height, width); a slot is a row of the image's features, tile * rows * columns + row of the
+tile; ROW_BREAK stands for the learned end-of-row vector.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from dmllm.types import ROW_BREAK
+
+Size = tuple[int, int]  # (height, width)
+
+LARGEST_CANVAS = 64_000_000  # pixels; a longer, thinner image is shrunk before it is padded
+LONGEST_PADDED_SIDE = 4096  # pixels, of an image shrunk for that reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilingConfig:
+    """How an image is cut for a vision encoder that takes tiles of one size."""
+
+    mode: Literal["resize", "pad", "anyres"] = "resize"
+    """resize: one tile, aspect ignored; pad: one tile, aspect kept; anyres: a base tile and a grid of tiles."""
+    tile_size: Size = (0, 0)
+    """Height and width of a tile in pixels; (0, 0) is filled in from the vision encoder when a model is composed."""
+    grid: Size = (0, 0)
+    """Stream rows of one tile after the projector, as (rows, columns); (0, 0) is filled in likewise."""
+    pinpoints: tuple[Size, ...] = ()
+    """anyres: the resolutions to choose from, (height, width) in pixels, each a multiple of the tile size."""
+    row_break: bool = False
+    """A learned end-of-row vector after every feature row of the tiled part (anyres), or after the single tile."""
+    unpad: bool = True
+    """anyres: leave out the feature rows and columns that come from padding."""
+    fill: tuple[int, int, int] | None = None
+    """Red, green, blue of the padding, 0-255; None: the encoder's mean (127) for pad, black for anyres, as LLaVA."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """How pixels are resized."""
+
+    def __post_init__(self) -> None:
+        for name in ("tile_size", "grid"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "pinpoints", tuple(tuple(p) for p in self.pinpoints))
+        if self.fill is not None:
+            object.__setattr__(self, "fill", tuple(self.fill))
+        if self.mode not in ("resize", "pad", "anyres"):
+            raise ValueError(f"tiling mode={self.mode!r} is not known; use resize, pad or anyres.")
+        if (self.mode == "anyres") != bool(self.pinpoints):
+            raise ValueError(
+                f"mode={self.mode!r} with pinpoints={self.pinpoints}: pinpoints belong to mode='anyres', which needs "
+                "them, for example [[384, 768], [768, 384], [768, 768]]."
+            )
+        height, width = self.tile_size
+        for h, w in self.pinpoints if height and width else ():
+            if h % height or w % width or h < 1 or w < 1:
+                raise ValueError(f"pinpoint ({h}, {w}) is not a multiple of the tile size ({height}, {width}).")
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Rows of image features that one tile yields."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One picture of the image that is cut into tiles: resize to `size`, paste on `canvas`, resize to `final`, cut."""
+
+    size: Size  # the image is resized to this
+    canvas: Size  # and pasted on a canvas of this size
+    offset: Size  # with its corner at (top, left)
+    final: Size  # the canvas is resized to this: a whole number of tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an image of one size becomes."""
+
+    views: tuple[View, ...]
+    slots: tuple[int, ...]  # one entry a stream row: tile * rows_per_tile + row of the tile, or ROW_BREAK
+    num_tiles: int
+
+
+@lru_cache(maxsize=4096)
+def plan(width: int, height: int, config: TilingConfig) -> Plan:
+    """The tiles and stream rows of an image of `width` x `height` pixels.
+
+    Raises:
+        ValueError: an empty image, or a configuration whose tile size or grid was never filled in.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"An image of {width}x{height} pixels has nothing to show.")
+    if min(*config.tile_size, *config.grid) < 1:
+        raise ValueError(
+            f"tile_size={config.tile_size} and grid={config.grid} must be set: the vision encoder's image size and "
+            "the (rows, columns) that its projector leaves of one tile."
+        )
+    if config.mode == "anyres":
+        return _anyres(width, height, config)
+    tile = config.tile_size
+    one = View(size=tile, canvas=tile, offset=(0, 0), final=tile)
+    if config.mode == "pad":
+        one = _padded(width, height, tile)
+    slots = [*range(config.rows_per_tile), *([ROW_BREAK] if config.row_break else [])]
+    return Plan(views=(one,), slots=tuple(slots), num_tiles=1)
+
+
+def select_best_resolution(width: int, height: int, pinpoints: tuple[Size, ...]) -> Size:
+    """The pinpoint that shows the most pixels of the image, then wastes the fewest; the first of equals."""
+    best: Size = pinpoints[0]
+    best_effective, least_wasted = -1, math.inf
+    for h, w in pinpoints:
+        scale = min(w / width, h / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        wasted = h * w - effective
+        if effective > best_effective or (effective == best_effective and wasted < least_wasted):
+            best, best_effective, least_wasted = (h, w), effective, wasted
+    return best
+
+
+def unpadded(width: int, height: int, rows: int, columns: int, patch_aspect: float = 1.0) -> tuple[range, range]:
+    """The feature rows and columns of a centred image that do not come from padding.
+
+    patch_aspect: width / height of the pixels under one feature; 1 for square patches, where this is LLaVA's rule.
+    """
+    if width / height > columns / rows * patch_aspect:
+        kept = max(1, int(height * (columns / width) * patch_aspect))
+        cut = max(0, (rows - kept) // 2)
+        return range(cut, rows - cut), range(columns)
+    kept = max(1, int(width * (rows / height) / patch_aspect))
+    cut = max(0, (columns - kept) // 2)
+    return range(rows), range(cut, columns - cut)
+
+
+def _padded(width: int, height: int, tile: Size) -> View:
+    canvas_h = max(height, math.ceil(width * tile[0] / tile[1]))
+    canvas_w = max(width, math.ceil(height * tile[1] / tile[0]))
+    if canvas_h * canvas_w > LARGEST_CANVAS:
+        scale = LONGEST_PADDED_SIDE / max(canvas_h, canvas_w)
+        canvas_h, canvas_w = max(1, int(canvas_h * scale)), max(1, int(canvas_w * scale))
+        width, height = min(canvas_w, max(1, int(width * scale))), min(canvas_h, max(1, int(height * scale)))
+    offset = ((canvas_h - height) // 2, (canvas_w - width) // 2)
+    return View(size=(height, width), canvas=(canvas_h, canvas_w), offset=offset, final=tile)
+
+
+def _anyres(width: int, height: int, config: TilingConfig) -> Plan:
+    tile_h, tile_w = config.tile_size
+    target_h, target_w = select_best_resolution(width, height, config.pinpoints)
+    scale_w, scale_h = target_w / width, target_h / height
+    if scale_w < scale_h:
+        fit = (min(math.ceil(height * scale_w), target_h), target_w)
+    else:
+        fit = (target_h, min(math.ceil(width * scale_h), target_w))
+    offset = ((target_h - fit[0]) // 2, (target_w - fit[1]) // 2)
+    target = (target_h, target_w)
+    views = (
+        View(size=config.tile_size, canvas=config.tile_size, offset=(0, 0), final=config.tile_size),
+        View(size=fit, canvas=target, offset=offset, final=target),
+    )
+    rows, columns = config.grid
+    tiles_down, tiles_across = target_h // tile_h, target_w // tile_w
+    map_rows, map_columns = range(tiles_down * rows), range(tiles_across * columns)
+    if config.unpad:
+        aspect = (tile_w * rows) / (tile_h * columns)
+        map_rows, map_columns = unpadded(width, height, len(map_rows), len(map_columns), aspect)
+    slots = list(range(rows * columns))
+    for y in map_rows:
+        for x in map_columns:
+            tile = 1 + (y // rows) * tiles_across + x // columns
+            slots.append(tile * rows * columns + (y % rows) * columns + x % columns)
+        if config.row_break:
+            slots.append(ROW_BREAK)
+    return Plan(views=views, slots=tuple(slots), num_tiles=1 + tiles_down * tiles_across)

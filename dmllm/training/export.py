@@ -1,0 +1,43 @@
+"""Writing the model as a Hugging Face folder, gathered first where processes share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dmllm.checkpoints import folder
+from dmllm.training.assemble import Run
+from dmllm.training.distributed import is_sharded
+from dmllm.training.state import Progress
+
+
+def save_model(run: Run, path: Path, progress: Progress) -> None:
+    """The model as it now is; every process calls this."""
+    model, generation = run.core, getattr(run.core, "generation_defaults", {})
+    if is_sharded(model):
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if run.accelerator.is_main_process:
+            with torch.device("meta"):
+                model = type(model)(model.config)
+            model.load_state_dict(weights, assign=True)
+    if run.accelerator.is_main_process:
+        dtype = getattr(torch, run.config.save_dtype) if run.config.save_dtype else None
+        folder.save(path, model, run.processor, generation=generation, card=card(run, progress), dtype=dtype)
+    run.accelerator.wait_for_everyone()
+
+
+def card(run: Run, progress: Progress) -> str:
+    """For the model card: what it was trained on, and for how long."""
+    config = run.config
+    data = config.data if isinstance(config.data, str) else ", ".join(entry.label for entry in config.data.datasets)
+    start = f", continuing from {run.start.step}" if run.start.step else ""
+    average = f" The weights are a moving average (decay {config.ema})." if config.ema else ""
+    best = (
+        f" Lowest validation loss {progress.best_loss:.4f} at step {progress.best_step}." if progress.best_step else ""
+    )
+    return (
+        f"Trained for {progress.step} steps{start} of {config.batch_size} examples on {data}, objective "
+        f"{config.objective.name}, seed {config.seed}.{best}{average}"
+    )

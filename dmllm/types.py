@@ -1,0 +1,118 @@
+"""The shared nouns: what is read, what is processed, what a model is fed, what a loss returns.
+
+Shapes: B rows of a batch, L stream rows ("tokens", image rows included), T image tiles, H x W pixels.
+Ids that are not tokens: a label of IGNORE is never noised and never scored; an image slot of TEXT is an ordinary token,
+ROW_BREAK is the learned end-of-row vector of a tiled image, anything >= 0 is a row of the image features.
+Documents: 0, 1, ... are conversations that do not see each other; PREFIX rows are seen by every document of the
+row (one picture, many questions); PADDING rows see only themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+TEXT, ROW_BREAK = -1, -2
+PREFIX, PADDING = -1, -2
+
+
+class Part(TypedDict):
+    """One piece of a message: text, or an image given as a path, bytes, a data URL or a PIL image."""
+
+    type: Literal["text", "image"]
+    text: NotRequired[str]
+    image: NotRequired[Any]
+
+
+class Message(TypedDict):
+    """One chat message in the form transformers' processors and the OpenAI API share.
+
+    `kind` (a question's category, for per-kind scores) rides along when the data has it.
+    """
+
+    role: str
+    content: list[Part]
+    kind: NotRequired[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One conversation as read from a source, before any tokenizer or image has been touched."""
+
+    messages: list[Message]
+    source: str  # the data set's name
+    location: str  # "file.json: record 12", for error messages
+    id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """The ids that carry meaning for the model; every one is a row of its vocabulary."""
+
+    mask: int
+    eos: int
+    pad: int
+    image: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One processed row, on the CPU. Image slots count the rows of this example's own tiles from 0."""
+
+    input_ids: Tensor  # [L] int64
+    labels: Tensor  # [L] int64, IGNORE where nothing is predicted
+    image_slots: Tensor  # [L] int64
+    documents: Tensor  # [L] int64
+    positions: Tensor  # [L] int64
+    pixel_values: Tensor | None = None  # [T, 3, H, W] uint8, or None without images
+    index: int = 0  # global example index, the key of its random draws
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows padded to one length. Image slots index the features of the whole batch."""
+
+    input_ids: Tensor  # [B, L] int64
+    labels: Tensor  # [B, L] int64
+    image_slots: Tensor  # [B, L] int64
+    documents: Tensor  # [B, L] int64
+    positions: Tensor  # [B, L] int64, or [3, B, L] for three-axis rotary
+    pixel_values: Tensor | None = None  # [T, 3, H, W] uint8
+    indices: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [B] global example indices
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; the draws' indices stay on the CPU, where generators live."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "indices" and isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSum:
+    """A loss before division: the mean is total / count, with both summed over micro-batches and ranks first."""
+
+    total: Tensor  # scalar, differentiable
+    count: Tensor  # scalar, no gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One state of the denoising loop, as `stream` yields it and animations draw it."""
+
+    ids: Tensor  # [B, N] the canvas, mask tokens where still unknown
+    committed: Tensor  # [B, N] bool
+    num_forwards: Tensor  # [B] model calls each row has used so far
+    finished: Tensor  # [B] bool

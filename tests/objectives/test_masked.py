@@ -1,0 +1,213 @@
+"""Truths of the masked objective, against table models whose conditionals are exact."""
+
+import itertools
+import math
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dmllm.diffusion.schedules import SCHEDULES, elbo_weight
+from dmllm.models.backbones.transformer import Transformer, TransformerConfig
+from dmllm.models.multimodal import gather_rows
+from dmllm.objectives import build_objective
+from dmllm.objectives.draws import Draws
+from dmllm.objectives.masked import double_batch
+from dmllm.types import IGNORE, PADDING, PREFIX, Batch, SpecialTokens
+
+SPECIAL = SpecialTokens(mask=3, eos=2, pad=2)
+SCHEDULE_NAMES = [("linear", {}), ("cosine", {}), ("polynomial", {"power": 2.0}), ("polynomial", {"power": 1.5})]
+
+
+def batch_of(ids: torch.Tensor, *, start: int = 0, documents: torch.Tensor | None = None) -> Batch:
+    return Batch(
+        input_ids=ids,
+        labels=ids.clone(),
+        image_slots=torch.full_like(ids, -1),
+        documents=torch.zeros_like(ids) if documents is None else documents,
+        positions=torch.arange(ids.shape[1]).expand_as(ids),
+        indices=torch.arange(start, start + len(ids)),
+    )
+
+
+def draws_for(batch: Batch, *, step: int = 0, total: int | None = None) -> Draws:
+    return Draws(seed=0, step=step, num_examples=total or len(batch), indices=batch.indices)
+
+
+def mean_loss(objective, model, batch, step=0):
+    noised = objective.prepare(batch, draws_for(batch, step=step))
+    loss = objective.loss(model, noised)["masked"]
+    return float(loss.total / loss.count)
+
+
+class TableModel:
+    """Exact conditionals p(x_i | visible tokens) of a joint distribution over V^L, computed by enumeration."""
+
+    def __init__(self, joint: torch.Tensor):
+        self.joint = joint  # [V, V, ..., V]
+        self.size, self.length = joint.shape[0], joint.ndim
+        self.states = torch.tensor(list(itertools.product(range(self.size), repeat=self.length)))
+        self.p = joint.flatten()
+
+    def __call__(self, *, input_ids, rows, **_):
+        batch, length = input_ids.shape
+        fits = ((input_ids[:, None] == self.states) | (input_ids[:, None] == SPECIAL.mask)).all(-1)  # [B, S]
+        weight = fits * self.p
+        onehot = torch.nn.functional.one_hot(self.states, self.size).to(weight)  # [S, L, V]
+        marginal = torch.einsum("bs,slv->blv", weight, onehot)
+        logits = torch.full((batch, length, self.size + 1), -1e30)
+        logits[..., : self.size] = marginal.div(marginal.sum(-1, keepdim=True)).log().float().clamp(min=-1e30)
+        return SimpleNamespace(logits=logits.flatten(0, 1)[rows])
+
+
+@pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
+def test_with_exact_conditionals_the_bound_is_the_entropy_of_the_data(schedule, options):
+    torch.manual_seed(0)
+    joint = torch.rand(3, 3, 3, dtype=torch.float64) ** 3
+    joint = joint / joint.sum()
+    model = TableModel(joint)
+    entropy = float(-(model.p * model.p.log()).sum()) / 3
+    objective = build_objective("masked", {"schedule": schedule, "schedule_options": options}, SPECIAL, "full")
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.multinomial(model.p, 120_000, replacement=True, generator=generator)
+    assert mean_loss(objective, model, batch_of(model.states[chosen])) == pytest.approx(entropy, rel=0.02)
+
+
+@pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
+def test_a_uniform_predictor_scores_log_v_under_every_schedule(schedule, options):
+    objective = build_objective("masked", {"schedule": schedule, "schedule_options": options}, SPECIAL, "full")
+    uniform = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 7))  # noqa: E731
+    batch = batch_of(torch.zeros(4000, 16, dtype=torch.int64))
+    assert mean_loss(objective, uniform, batch) == pytest.approx(math.log(7), rel=0.02)
+
+
+@pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
+def test_schedules_are_consistent(schedule, options):
+    s = SCHEDULES.load(schedule)(**options)
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(s.alpha(t).sum(), t)[0]
+    assert torch.allclose(slope, s.alpha_prime(t))
+    assert torch.allclose(s.time(1 - s.alpha(t)), t)
+    ends = s.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert torch.allclose(ends, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-12)
+    assert torch.all(elbo_weight(s, t) > 0)
+
+
+def test_the_linear_weight_is_one_over_t():
+    t = torch.tensor([0.1, 0.5, 1.0])
+    assert torch.allclose(elbo_weight(SCHEDULES.load("linear")(), t), 1 / t)
+
+
+@pytest.mark.parametrize(("visibility", "dim"), [("full", 0), ("prefix", 1)])
+def test_complementary_views_hide_every_token_exactly_once(visibility, dim):
+    objective = build_objective("masked", {"complementary": True, "weight": "none"}, SPECIAL, visibility)
+    batch = batch_of(torch.randint(0, 2, (5, 12)))
+    noised = objective.prepare(batch, draws_for(batch))
+    first, second = (noised.batch.input_ids == SPECIAL.mask).int().chunk(2, dim)
+    assert torch.equal(first + second, torch.ones(5, 12, dtype=torch.int32))
+    assert len(noised.rows) == 60
+
+
+def test_appended_views_score_what_a_doubled_batch_scores():
+    """Behind a prefix the second view costs its canvas alone; loss and count are those of two whole copies."""
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    backbone = Transformer(config)
+
+    def model(*, input_ids, positions, visibility, rows, **_):
+        hidden = backbone(backbone.embed(input_ids), positions, visibility).hidden
+        return SimpleNamespace(logits=backbone.unembed(gather_rows(hidden, rows)))
+
+    documents = torch.tensor([[PREFIX, 0, 0, 0, 1, 1, 1], [PREFIX, 0, 0, 1, 1, PADDING, PADDING]])
+    batch = batch_of(torch.randint(0, 2, (2, 7)), documents=documents)
+    batch.labels[torch.tensor([[1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 0, 1, 1]]).bool()] = IGNORE
+    for reduction in ("tokens", "answer_length", "masked"):
+        options = {"complementary": True, "reduction": reduction}
+        objective = build_objective("masked", options, SPECIAL, "prefix")
+        appended = objective.prepare(batch, draws_for(batch))
+        with patch("dmllm.objectives.masked.append_views", double_batch):
+            doubled = objective.prepare(batch, draws_for(batch))
+        assert appended.batch.input_ids.shape == (2, 11)
+        assert doubled.batch.input_ids.shape == (4, 7)
+        one, two = (objective.loss(model, n)["masked"] for n in (appended, doubled))
+        assert (one.total / one.count).item() == pytest.approx((two.total / two.count).item(), rel=1e-5)
+
+
+def test_at_least_one_token_of_every_answer_is_hidden():
+    objective = build_objective("masked", {"at_least_one": True}, SPECIAL, "prefix")
+    documents = torch.tensor([[0, 0, 1, 1, 2, 2]] * 200)
+    batch = batch_of(torch.zeros(200, 6, dtype=torch.int64), documents=documents)
+    noised = objective.prepare(batch, draws_for(batch))
+    hidden = (noised.batch.input_ids == SPECIAL.mask).view(200, 3, 2)
+    assert hidden.any(-1).all()
+
+
+def test_prompt_and_padding_are_never_noised_nor_scored():
+    objective = build_objective("masked", {"min_noise": 0.999}, SPECIAL, "full")
+    batch = batch_of(torch.zeros(3, 6, dtype=torch.int64), documents=torch.tensor([[0, 0, 0, 0, PADDING, PADDING]] * 3))
+    batch.labels[:, :2] = IGNORE
+    batch.labels[:, 4:] = IGNORE
+    noised = objective.prepare(batch, draws_for(batch))
+    assert (noised.batch.input_ids == SPECIAL.mask).int().tolist() == [[0, 0, 1, 1, 0, 0]] * 3
+    assert (batch.input_ids == 0).all(), "the caller's batch is not touched"
+
+
+def test_times_are_stratified_over_the_step():
+    """Of n examples, exactly one time falls into each interval [i/n, (i+1)/n) (up to the step's shared offset)."""
+    draws = Draws(seed=3, step=5, num_examples=64, indices=torch.arange(640, 704))
+    t = draws.stratified()[:, 0].sort().values
+    assert torch.allclose(t.diff(), torch.full((63,), 1 / 64), atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["tokens", "batch_length", "answer_length", "masked"])
+def test_the_split_into_micro_batches_never_changes_the_loss(reduction):
+    """Different padding, different split, the same sum and the same count."""
+    objective = build_objective("masked", {"reduction": reduction}, SPECIAL, "full")
+    torch.manual_seed(0)
+    table = torch.randn(9, 4)
+    model = lambda *, input_ids, positions, rows, **_: SimpleNamespace(  # noqa: E731
+        logits=table[(positions.flatten()[rows])]
+    )
+    ids = torch.randint(0, 2, (6, 9))
+    lengths = [9, 5, 4, 5, 3, 2]
+
+    def padded(keep: range, width: int) -> Batch:
+        documents = torch.full((len(keep), width), PADDING)
+        for row, example in enumerate(keep):
+            documents[row, : lengths[example]] = 0
+        batch = batch_of(ids[keep.start : keep.stop, :width], start=keep.start, documents=documents)
+        batch.labels[documents == PADDING] = IGNORE
+        return batch
+
+    def summed(parts: list[Batch]) -> tuple[float, float]:
+        noised = [objective.prepare(part, draws_for(part, total=6)) for part in parts]
+        losses = [objective.loss(model, n)["masked"] for n in noised]
+        assert [float(x.count) for x in losses] == [float(n.counts["masked"]) for n in noised]
+        return float(sum(x.total for x in losses)), float(sum(x.count for x in losses))
+
+    whole = summed([padded(range(0, 6), 9)])
+    split = summed([padded(range(0, 1), 9), padded(range(1, 4), 5), padded(range(4, 6), 3)])
+    assert split == pytest.approx(whole, rel=1e-5)
+
+
+def test_reductions_divide_by_what_they_are_named_after():
+    """Two answers of 2 and 6 tokens, everything hidden, weight 1, every token costs log 4."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    batch = batch_of(torch.zeros(1, 10, dtype=torch.int64), documents=documents)
+    batch.labels[0, [0, 3]] = IGNORE
+    model = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 4))  # noqa: E731
+    expected = {"tokens": (8, 8), "batch_length": (8, 10), "answer_length": (2, 2), "masked": (8, 8)}
+    for reduction, (total, count) in expected.items():
+        options = {"reduction": reduction, "weight": "none", "min_noise": 0.999999}
+        objective = build_objective("masked", options, SPECIAL, "full")
+        loss = objective.loss(model, objective.prepare(batch, draws_for(batch)))["masked"]
+        assert float(loss.total) == pytest.approx(total * math.log(4), rel=1e-5)
+        assert float(loss.count) == count
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean schedule"):
+        build_objective("masked", {"shedule": "linear"}, SPECIAL, "full")
+    with pytest.raises(ValueError, match="not a known objective"):
+        build_objective("maskd", {}, SPECIAL, "full")

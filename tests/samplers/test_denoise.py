@@ -1,0 +1,220 @@
+"""The denoising loop against models whose every answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator
+
+from dmllm.samplers.canvas import Canvas, reply_length
+from dmllm.samplers.config import REMASKING, DecodeConfig
+from dmllm.samplers.denoise import denoise
+from dmllm.types import Step
+from tests.samplers.table import NoiseModel, TableModel, generators
+
+RULES = list(REMASKING)
+
+
+def fill(model, config: DecodeConfig, batch: int, length: int, seeds: tuple[int, ...] | None = None) -> list[Step]:
+    canvas = Canvas.blank(batch, length, model.mask)
+    return list(denoise(model, canvas, config, generators(*(seeds or range(batch)))))
+
+
+def quantile(freedom: int) -> float:
+    """Chi-square, 99.9 %, by Wilson and Hilferty's approximation."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def chi_square(model: TableModel, drawn: torch.Tensor) -> float:
+    index = (drawn * model.vocab ** torch.arange(model.length - 1, -1, -1)).sum(1)
+    seen = torch.bincount(index, minlength=len(model.texts)).double()
+    expected = model.probs * len(drawn)
+    return float(((seen - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("remasking", ["random", "entropy", "margin"])
+def test_one_token_a_step_with_exact_conditionals_draws_from_the_data_distribution(remasking: str) -> None:
+    model = TableModel()
+    config = DecodeConfig(max_new_tokens=3, remasking=remasking, temperature=1.0)
+    last = fill(model, config, 6000, 3)[-1]
+    assert chi_square(model, last.ids) < quantile(len(model.texts) - 1)
+
+
+def test_many_tokens_a_step_do_not_draw_from_the_data_distribution() -> None:
+    """The factorisation error is real: the test above can fail."""
+    model = TableModel()
+    last = fill(model, DecodeConfig(max_new_tokens=3, steps=1, temperature=1.0), 6000, 3)[-1]
+    assert chi_square(model, last.ids) > 2 * quantile(len(model.texts) - 1)
+
+
+def test_blocks_are_exact_too() -> None:
+    model = TableModel(vocab=2, length=4)
+    config = DecodeConfig(max_new_tokens=4, block_length=2, remasking="random", temperature=1.0)
+    last = fill(model, config, 6000, 4)[-1]
+    assert chi_square(model, last.ids) < quantile(len(model.texts) - 1)
+
+
+@pytest.mark.parametrize("remasking", RULES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_committed_token_never_changes_and_the_mask_is_never_one(remasking, temperature, threshold) -> None:
+    model = NoiseModel()
+    config = DecodeConfig(
+        max_new_tokens=10, steps=9, block_length=4, remasking=remasking, temperature=temperature, threshold=threshold
+    )
+    steps = fill(model, config, 3, 10)
+    ids, committed = torch.full((3, 10), model.mask), torch.zeros(3, 10, dtype=torch.bool)
+    for step in steps:
+        assert (step.committed >= committed).all()
+        assert torch.equal(step.ids[committed], ids[committed])
+        assert (step.ids[step.committed] != model.mask).all()
+        assert (step.ids[~step.committed] == model.mask).all()
+        assert (step.committed.sum(1) > committed.sum(1))[~(committed.all(1))].all()
+        for start in (4, 8):  # a block begins when those before it are filled
+            begun = step.committed[:, start:].any(1)
+            assert step.committed[begun, :start].all()
+        ids, committed = step.ids, step.committed
+    assert committed.all()
+    assert steps[-1].finished.all()
+    assert (steps[-1].num_forwards <= 9).all()
+
+
+def test_quotas_are_even_with_the_remainder_first_and_sum_to_the_block() -> None:
+    steps = fill(NoiseModel(), DecodeConfig(max_new_tokens=20, steps=6, block_length=10), 1, 20)
+    counts = torch.stack([s.committed.sum() for s in steps]).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    assert counts.tolist() == [4, 3, 3, 4, 3, 3]
+    assert steps[-1].num_forwards.tolist() == [6]
+
+
+def test_without_steps_one_token_is_committed_a_call() -> None:
+    steps = fill(NoiseModel(), DecodeConfig(max_new_tokens=7), 2, 7)
+    assert [s.committed.sum(1).tolist() for s in steps] == [[i, i] for i in range(1, 8)]
+
+
+def test_more_steps_than_tokens_are_not_used() -> None:
+    assert len(fill(NoiseModel(), DecodeConfig(max_new_tokens=4, steps=100), 1, 4)) == 4
+
+
+def test_the_last_block_may_be_shorter() -> None:
+    steps = fill(NoiseModel(), DecodeConfig(max_new_tokens=10, block_length=4, steps=6), 1, 10)
+    assert [int(s.committed.sum()) for s in steps] == [2, 4, 6, 8, 9, 10]
+
+
+def test_a_threshold_commits_all_that_is_sure_and_at_least_one() -> None:
+    def predict(canvas: Canvas, rows: torch.Tensor) -> torch.Tensor:
+        sure = torch.where(rows % 2 == 0, 9.0, 0.0)  # even positions are certain, odd ones a toss of two
+        logits = torch.full((*rows.shape, 5), -9.0)
+        logits[..., 1], logits[..., 2] = sure, 0.0
+        return logits
+
+    canvas = Canvas.blank(1, 6, 4)
+    steps = list(denoise(predict, canvas, DecodeConfig(max_new_tokens=6, threshold=0.9), generators(0)))
+    assert steps[0].committed[0].tolist() == [True, False] * 3
+    assert [int(s.committed.sum()) for s in steps] == [3, 4, 5, 6]
+    everything = list(denoise(predict, canvas, DecodeConfig(max_new_tokens=6, threshold=0.0), generators(0)))
+    assert len(everything) == 1
+
+
+def test_steps_bound_the_calls_under_a_threshold() -> None:
+    steps = fill(NoiseModel(scale=0.1), DecodeConfig(max_new_tokens=12, steps=3, threshold=0.99), 1, 12)
+    assert [int(s.committed.sum()) for s in steps] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("remasking", RULES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "threshold": 0.6}])
+def test_a_row_of_a_batch_equals_the_same_row_alone(remasking: str, options: dict) -> None:
+    config = DecodeConfig(max_new_tokens=11, block_length=4, remasking=remasking, eos_token_id=[3, 5, 8], **options)
+    seeds = (11, 5, 2, 9, 21, 34)
+    together = fill(NoiseModel(vocab=16, seeds=seeds), config, 6, 11, seeds)[-1]
+    assert together.num_forwards.min() < together.num_forwards.max()  # some finish early
+    for row, seed in enumerate(seeds):
+        alone = fill(NoiseModel(vocab=16, seeds=(seed,)), config, 1, 11, (seed,))[-1]
+        assert torch.equal(alone.ids[0], together.ids[row])
+        assert torch.equal(alone.committed[0], together.committed[row])
+        assert alone.num_forwards[0] == together.num_forwards[row]
+
+
+def test_the_same_seeds_give_the_same_steps_and_other_seeds_others() -> None:
+    config = DecodeConfig(max_new_tokens=8, temperature=1.0)
+    first, second = fill(NoiseModel(), config, 2, 8), fill(NoiseModel(), config, 2, 8)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[-1].ids, fill(NoiseModel(), config, 2, 8, (7, 8))[-1].ids)
+
+
+def test_a_row_stops_at_an_end_of_sequence_once_all_before_it_is_known() -> None:
+    order = [3, 0, 1, 2, 4, 5]  # position 3 is surest, and ends the reply
+
+    def predict(canvas: Canvas, rows: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*rows.shape, 5)
+        token = torch.where(rows == 3, 2, 1)
+        sureness = torch.tensor([order.index(i) for i in range(6)])[rows]
+        return logits.scatter_(-1, token[..., None], (9.0 - sureness)[..., None])
+
+    steps = list(denoise(predict, Canvas.blank(1, 6, 4), DecodeConfig(eos_token_id=2), generators(0)))
+    assert [bool(s.finished) for s in steps] == [False, False, False, True]
+    last = steps[-1]
+    assert last.committed[0].tolist() == [True] * 4 + [False] * 2
+    assert last.num_forwards.tolist() == [4]
+    length, stopped = reply_length(last.ids, last.committed, (2,))
+    assert length.tolist() == [3]
+    assert stopped.tolist() == [True]
+    never = list(denoise(predict, Canvas.blank(1, 6, 4), DecodeConfig(eos_token_id=[]), generators(0)))
+    assert len(never) == 6
+
+
+def test_what_is_given_stays_and_what_is_complete_needs_no_call() -> None:
+    model = TableModel()
+    known = torch.tensor([[True, False, True], [True, True, True]])
+    canvas = Canvas.of(torch.tensor([[1, 0, 2], [2, 2, 2]]), known, model.mask)
+    steps = list(denoise(model, canvas, DecodeConfig(), generators(0, 1)))
+    assert steps[-1].num_forwards.tolist() == [1, 0]
+    assert torch.equal(steps[-1].ids[known], torch.tensor([1, 2, 2, 2, 2]))
+    assert canvas.ids[0, 1] == model.mask  # the caller's canvas is as it was
+    full = Canvas.of(torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool), model.mask)
+    only = list(denoise(model, full, DecodeConfig(), generators(0)))
+    assert len(only) == 1
+    assert only[0].num_forwards.tolist() == [0]
+
+
+def test_a_known_token_that_looks_like_a_mask_is_known() -> None:
+    """What is known travels as a boolean, so a prompt or infill may hold the mask token itself."""
+    model = NoiseModel()
+    canvas = Canvas.of(torch.tensor([[model.mask, 3]]), torch.tensor([[True, False]]), model.mask)
+    last = list(denoise(model, canvas, DecodeConfig(), generators(0)))[-1]
+    assert last.ids[0, 0] == model.mask
+    assert last.num_forwards.tolist() == [1]
+
+
+def test_only_unknown_rows_of_the_active_block_are_asked_for_on_a_cpu() -> None:
+    model = TableModel(vocab=2, length=6)
+    fill(model, DecodeConfig(max_new_tokens=6, block_length=3), 1, 6)
+    for canvas, rows in model.calls:
+        assert not canvas.committed.gather(1, rows).any()
+        assert (rows // 3 == canvas.block[:, None]).all()
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    model = NoiseModel(vocab=12, seeds=(0, 1, 2, 3))
+    sizes: list[list[int]] = []
+
+    def watching(canvas: Canvas, rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(canvas.requests.tolist())
+        return model(canvas, rows)
+
+    config = DecodeConfig(block_length=2, eos_token_id=[0, 1, 2])
+    steps = list(denoise(watching, Canvas.blank(4, 12, model.mask), config, generators(*range(4))))
+    assert len(sizes[-1]) < len(sizes[0])
+    assert [sum(r in s for s in sizes) for r in range(4)] == steps[-1].num_forwards.tolist()
+
+
+def test_generators_advance_alike_whatever_is_known() -> None:
+    """Two rows with the same generator state draw the same numbers even when one has less to fill."""
+    config = DecodeConfig(temperature=1.0, remasking="random")
+    ends = []
+    for known in (0, 2):
+        g = Generator().manual_seed(0)
+        canvas = Canvas.of(torch.zeros(1, 6, dtype=torch.int64), torch.arange(6)[None] < known, 49)
+        steps = denoise(NoiseModel(), canvas, config, [g])
+        next(steps)
+        ends.append(torch.rand(1, generator=g))
+    assert torch.equal(*ends)
