@@ -31,7 +31,7 @@ demo: setup
 tiny: setup
 	$(BIN)/dmllm data make scenes --num 400000 --split train --out runs/data/scenes-train
 	$(BIN)/dmllm data make scenes --num 1000 --split val --out runs/data/scenes-val
-	$(BIN)/dmllm tokenizer train runs/data/scenes-train/data.json --vocab-size 512 --isolate '[A-Z0-9]' --out runs/tokenizer
+	$(BIN)/dmllm tokenizer train runs/data/scenes-val/data.json --vocab-size 512 --isolate '[A-Z0-9]' --out runs/tokenizer
 	$(BIN)/python train.py data_configs/dmllm_tiny.yaml
 
 test: setup

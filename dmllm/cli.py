@@ -130,6 +130,7 @@ def evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     from dmllm.config import load_config
     from dmllm.evaluation.config import SuiteConfig
     from dmllm.evaluation.report import write_report
+    from dmllm.evaluation.results import summary_lines
     from dmllm.evaluation.runner import evaluate as run
     from dmllm.pipeline import load
 
@@ -140,7 +141,7 @@ def evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     compared = [*map(Path, arguments.against), out]
     curve = Path(arguments.run_folder) / "metrics.jsonl" if arguments.run_folder else None
     report = write_report(out, [(folder.name, folder) for folder in compared], loss_curve=curve, pipeline=pipeline)
-    for line in summary(compared):
+    for line in summary_lines(compared):
         print(line)
     print(f"report: {report}")
 

@@ -44,10 +44,11 @@ def fetch(name: str, need: tuple[str, ...], *, also: tuple[str, ...] = (), revis
         if not _missing(Path(cached), need):
             return Path(cached)
         reason = f"it has no {' and no '.join(_missing(Path(cached), need))}"
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     raise FileNotFoundError(
         f"{name!r} is neither a folder nor complete in the Hugging Face cache ({constants.HF_HUB_CACHE}), and it could "
         f"not be downloaded ({reason}). Wanted: {', '.join(need).replace('|', ' or ')}. Where there is a network, type:"
-        f"  hf download {name}{f' --revision {revision}' if revision else ''}  (then copy that cache here), or give a folder."
+        f"  {command}  (then copy that cache here), or give a folder."
     )
 
 

@@ -8,7 +8,7 @@ in float32 (to rounding in the model), also when tokens are drawn, since every r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,11 +163,12 @@ class Pipeline:
             if len(ids) != 1:
                 raise ValueError(f"streamer= takes one row, not a batch of {len(ids)}; call generate once for each.")
             streamer.put(ids)
+        put_draft = getattr(streamer, "put_draft", None)
         trajectory = []
         for step in self._denoise([a.example for a in asked], config, generator, use_cache):
             trajectory.append(step)
-            if hasattr(streamer, "put_draft"):
-                streamer.put_draft(step.ids.cpu())
+            if put_draft is not None:
+                put_draft(step.ids.cpu())
         last = trajectory[-1]
         length, stopped = reply_length(last.ids, last.committed, config.stop_ids)
         kept = torch.arange(last.ids.shape[1], device=last.ids.device) < (length + stopped)[:, None]
@@ -204,8 +205,9 @@ class Pipeline:
         batch, device = batch.to(self.device), self.device
 
         def spread(values: Tensor | None) -> Tensor | None:
-            whole = values is not None and values.ndim == 2
-            return values.cpu().gather(1, columns).to(device) if whole else values  # type: ignore[union-attr]
+            if values is None:
+                return None
+            return (values.cpu().gather(1, columns) if values.ndim == 2 else values).to(device)
 
         found = self.model(
             input_ids=batch.input_ids,
@@ -239,7 +241,12 @@ class Pipeline:
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token by itself, special tokens by their names."""
         tokenizer = self._processor().tokenizer
-        return [tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids]
+        texts = []
+        for token_id in ids:
+            text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            begins_word = str(tokenizer.convert_ids_to_tokens(token_id)).startswith("\u2581")  # sentencepiece's space
+            texts.append(f" {text}" if begins_word and not text.startswith(" ") else text)
+        return texts
 
     @property
     def device(self) -> torch.device:
@@ -296,8 +303,13 @@ class Pipeline:
         return collate(examples, self.special, rows_per_tile=tiling.rows_per_tile if tiling else 0)
 
     def _prompts(self, requests: list[tuple[Any, list[Any]]]) -> list[Example]:
-        prompt: Callable[..., Example] = self._processor().prompt
-        return [prompt(conversation, images or None) for conversation, images in requests]
+        processor, examples = self._processor(), []
+        for number, (conversation, images) in enumerate(requests):
+            try:
+                examples.append(processor.prompt(conversation, images or None))
+            except ValueError as error:
+                raise error if len(requests) == 1 else ValueError(f"request {number}: {error}") from None
+        return examples
 
     def _asked(self, input_ids: Any, attention_mask: Any, images: Any) -> tuple[Tensor, list[Asked]]:
         ids = torch.as_tensor(input_ids).cpu()

@@ -81,7 +81,8 @@ def rows_of_ids(
     """Rows of ids [B, P], each without its padding and with its image tokens standing for image rows.
 
     An image token stands once for each image, or as often as the image has rows. `images` is a list in the order of
-    their tokens, or one list (or None) for each row.
+    their tokens, or one list (or None) for each row. With `image_prefix`, what comes up to the end of the first run of
+    image rows is document PREFIX, as where a processor meets pictures that open the first question.
 
     Raises:
         ValueError: shapes do not fit, a row's padding is not at one end, or image tokens and images differ in number.

@@ -1,4 +1,4 @@
-"""The pipeline on a tiny random model: what a batch, a cache, padding, a picture and a seed may change, and what not."""
+"""The pipeline on a tiny random model: what a batch, a cache, padding, a picture and a seed may change."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import TextDiffusionStreamer
 
+from dmllm.checkpoints import folder
+from dmllm.config import to_dict
 from dmllm.data.chat import SPECIAL_TOKENS
 from dmllm.data.processor import Processor, ProcessorConfig
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
-from dmllm.pipeline import Generated, Pipeline, Reply
+from dmllm.models.vision import VisionConfig, resolve_vision
+from dmllm.pipeline import Generated, Pipeline, Reply, load
 from dmllm.tiling import TilingConfig
 
 TOKENS = {"max_new_tokens": 12, "block_length": 4}
@@ -38,6 +41,12 @@ def make(visibility: str = "full", *, image_prefix: bool = False, spread: float 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[n]) for n in ("mask", "eos", "pad", "image")}
+    vision = VisionConfig(
+        name="timm:vit_tiny_patch16_224",
+        pretrained=False,
+        image_size=16,
+        options={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    )
     config = DmllmConfig(
         backbone={
             "vocab_size": len(tokenizer),
@@ -46,12 +55,7 @@ def make(visibility: str = "full", *, image_prefix: bool = False, spread: float 
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
         },
-        vision={
-            "name": "timm:vit_tiny_patch16_224",
-            "pretrained": False,
-            "image_size": (16, 16),
-            "options": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-        },
+        vision=to_dict(resolve_vision(vision)),
         projector={"name": "linear"},
         visibility=visibility,
         **ids,
@@ -235,6 +239,22 @@ def test_a_checkpoint_without_a_tokenizer_generates_but_does_not_chat(pipeline: 
         bare.chat("hi")
 
 
+def test_a_saved_checkpoint_is_loaded_with_its_decode_defaults(pipeline: Pipeline, tmp_path) -> None:
+    asked = ("what?", picture(0))
+    folder.save(tmp_path / "whole", pipeline.model, pipeline.processor, generation={"max_new_tokens": 6, "steps": 3})
+    loaded = load(str(tmp_path / "whole"), device="cpu")
+    assert loaded.model.dtype == torch.float32
+    assert loaded.chat(*asked) == pipeline.chat(*asked, max_new_tokens=6, steps=3)
+    assert load(tmp_path / "whole", device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="not a torch dtype"):
+        load(tmp_path / "whole", dtype="float23")
+    folder.save(tmp_path / "bare", pipeline.model)
+    ids = pipeline.processor.prompt(*asked[:1], [asked[1]]).input_ids[None]
+    bare = load(tmp_path / "bare", device="cpu")
+    options = {"images": [picture(0)], "max_new_tokens": 4, "eos_token_id": []}
+    assert torch.equal(bare.generate(ids, **options).sequences, pipeline.generate(ids, **options).sequences)
+
+
 def test_seeds_decide_and_repeats_of_a_request_differ(pipeline: Pipeline) -> None:
     options = {**TOKENS, "temperature": 1.5, "eos_token_id": []}
     first = pipeline.chat(["a", "b", "a"], generator=5, **options)
@@ -354,7 +374,8 @@ def test_an_empty_prompt_can_be_continued(pipeline: Pipeline) -> None:
         (lambda p: p.chat(3), "A request is a text or a list of messages"),
         (lambda p: p.chat(["a", 3]), "Request 1 of the batch"),
         (lambda p: p.chat(["a", "b"], [picture(0)]), "images: 1 for 2 requests"),
-        (lambda p: p.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), "ends with a user"),
+        (lambda p: p.chat([{"role": "assistant", "content": "b"}]), "ends with a user"),
+        (lambda p: p.chat(["a", "b"], [None, "none.png"]), "request 1: none.png: there is no such file"),
         (lambda p: p.generate(torch.zeros(3)), "input_ids must be whole numbers"),
         (lambda p: p.generate([[1, 2]], attention_mask=[[1]]), "attention_mask is (1, 1) for input_ids (1, 2)"),
         (lambda p: p.generate([[1, 2, 3]], attention_mask=[[1, 0, 1]]), "zeros inside a row"),
@@ -383,6 +404,19 @@ def test_token_texts_and_description_name_everything(pipeline: Pipeline) -> None
     assert all(isinstance(v, str) for v in described.values())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9, "remasking": "random"}, {"cfg_scale": 0.7}])
+def test_a_gpu_gives_the_tokens_of_a_cpu(kind: str, options: dict) -> None:
+    """Also drawn ones: generators stay on the CPU."""
+    options = {**TOKENS, **options, "generator": 1, "eos_token_id": list(range(0, 250, 3))}
+    on_cpu = make(kind)
+    on_gpu = Pipeline(make(kind).model.to("cuda"), on_cpu.processor)
+    assert on_gpu.chat(QUESTIONS, PICTURES, **options) == on_cpu.chat(QUESTIONS, PICTURES, **options)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(on_gpu.logits(ids).cpu(), on_cpu.logits(ids), atol=1e-3, rtol=0)
+
+
 def test_bfloat16_answers_too() -> None:
     pipeline = make("prefix")
     pipeline.model.to(torch.bfloat16)
@@ -392,7 +426,9 @@ def test_bfloat16_answers_too() -> None:
 def test_a_picture_in_several_tiles_with_row_breaks_goes_through_ids_as_through_chat() -> None:
     pipeline = make("full")
     pipeline.model.row_break = torch.nn.Parameter(torch.randn(32))
-    tiling = TilingConfig(mode="anyres", tile_size=(16, 16), grid=(2, 2), pinpoints=((16, 32), (32, 16)), row_break=True)
+    tiling = TilingConfig(
+        mode="anyres", tile_size=(16, 16), grid=(2, 2), pinpoints=((16, 32), (32, 16)), row_break=True
+    )
     pipeline.processor.config = replace(pipeline.processor.config, tiling=tiling)
     images = [picture(0, (40, 20)), picture(1, (10, 30))]
     example = pipeline.processor.prompt("what?", images)

@@ -1,4 +1,4 @@
-"""The model card, README.md of a checkpoint: what it is, how it is loaded, its shape. Nothing that is not known is said."""
+"""The model card, README.md of a checkpoint: what it is, how it is loaded, its shape; only what is known is said."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ tags:
 
 # {name}
 
-A {kind} masked-diffusion language model with {parameters:.1f}M parameters, made with
-dmllm. Text is produced by denoising a canvas of masked tokens, all positions at once{condition}.
+A {kind} masked-diffusion language model with {parameters:.1f}M parameters, made with dmllm.
+Text is produced by denoising a canvas of masked tokens, all positions at once{condition}.
 
 ```python
 import dmllm
@@ -28,12 +28,18 @@ pipeline = dmllm.load("path/to/{name}")
 {example}
 ```
 
-After `import dmllm`, transformers' `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` load this folder too.
+After `import dmllm`, transformers' `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` load it too.
 
 | part | what it is |
 |---|---|
 {table}
 {card}"""
+
+ATTENTION = {
+    "full": "prompt and answer see each other",
+    "prefix": "the answer sees the prompt, the prompt only itself",
+    "causal": "each token sees those before it",
+}
 
 
 def model_card(name: str, model: MultimodalModel, generation: Mapping[str, Any], card: str | None) -> str:
@@ -49,7 +55,7 @@ def model_card(name: str, model: MultimodalModel, generation: Mapping[str, Any],
     rows = {
         "backbone": f"{shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads, "
         f"{shape.vocab_size} tokens",
-        "attention": {"full": "prompt and answer see each other"}.get(config.visibility, config.visibility),
+        "attention": ATTENTION.get(config.visibility, config.visibility),
     }
     if model.vision is not None:
         (height, width), (down, across) = model.vision.image_size, model.image_grid

@@ -64,7 +64,7 @@ class ModelSpec:
     """Who sees whom: full (everything), prefix (the prompt does not see the answer); null is full, or the
     checkpoint's."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """Decode defaults that checkpoints will hold, fields of `DecodeConfig`, e.g. {max_new_tokens: 64, threshold: 0.9}."""
+    """Decode defaults for checkpoints, fields of `DecodeConfig`, e.g. {max_new_tokens: 64, threshold: 0.9}."""
     vocab_multiple: int = 64
     """A vocabulary that has to grow gets a multiple of this many rows; 1 is no padding."""
 
@@ -95,14 +95,16 @@ def _continue(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
     loaded = folder.load(str(spec.checkpoint), dtype=torch.float32, revision=spec.revision)
     model, before = loaded.model, loaded.processor
     if before is None:
-        raise ValueError(f"The checkpoint {spec.checkpoint} has no tokenizer, so it cannot be trained on conversations.")
+        raise ValueError(
+            f"The checkpoint {spec.checkpoint} has no tokenizer, so it cannot be trained on conversations."
+        )
     tiling = before.config.tiling
     if spec.tiling:
         tiling = _tiling({**(to_dict(tiling) if tiling else {}), **spec.tiling}, model)
     config = replace(before.config, **spec.processor, tiling=tiling)
     if spec.visibility is not None:
         model.config.visibility = spec.visibility
-    model.generation_defaults = {**loaded.generation, **spec.generation}
+    folder.set_decode_defaults(model, {**loaded.generation, **spec.generation})
     return model, Processor(before.tokenizer, config, before.special, _template(spec) or before.chat_template)
 
 
@@ -118,7 +120,7 @@ def _build(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
     fresh = sorted(set(tokenizer.get_vocab().values()) - set(used))
     size = _rows(start, tokenizer, spec.vocab_multiple)
     config = DmllmConfig(
-        backbone={**start.shape, "vocab_size": size},
+        backbone=_whole({**start.shape, "vocab_size": size}),
         vision=None if vision is None else to_dict(resolve_vision(vision)),
         projector=None if vision is None else to_dict(projector),
         mask_token_id=special.mask,
@@ -132,7 +134,7 @@ def _build(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
     model.initialise()
     if start.weights is not None:
         model.backbone.load_state_dict(grow(start.weights, used=used, fresh=fresh, size=size))
-    model.generation_defaults = dict(spec.generation)
+    folder.set_decode_defaults(model, spec.generation)
     processor = ProcessorConfig(**spec.processor, tiling=_tiling(spec.tiling, model))
     return model, Processor(tokenizer, processor, special)
 
@@ -159,12 +161,25 @@ def _start(spec: ModelSpec) -> _Start:
     weights = read_weights(path, prefix="backbone.", dtype=torch.float32)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    shape = dict(config.backbone)
-    module, shape_class = BACKBONES.load(shape.get("type", "transformer"))
+    shape, (module, shape_class), _ = _parts(config.backbone)
     with torch.device("meta"):
-        expected = module(shape_class(**{k: v for k, v in shape.items() if k != "type"})).state_dict().keys()
+        expected = module(shape_class(**shape)).state_dict().keys()
     refuse_keys(expected - weights.keys(), weights.keys() - expected, path, "the backbone of its config.json")
-    return _Start(shape=shape, weights=weights, ids=to_dict(config.special), folder=path)
+    return _Start(shape=config.backbone, weights=weights, ids=to_dict(config.special), folder=path)
+
+
+def _whole(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone's fields with all defaults written out, so that a later default changes no checkpoint."""
+    given, (_, shape_class), kind = _parts(shape)
+    _refuse_unknown(given, [f.name for f in fields(shape_class)], "model.backbone")
+    return {"type": kind, **to_dict(shape_class(**given))}
+
+
+def _parts(shape: Mapping[str, Any]) -> tuple[dict[str, Any], Any, str]:
+    """A backbone's fields without its type, its (module, configuration) classes, and its type."""
+    given = dict(shape)
+    kind = given.pop("type", "transformer")
+    return given, BACKBONES.load(kind), kind
 
 
 def _tokenizer(spec: ModelSpec, start: _Start) -> Any:

@@ -7,13 +7,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from dmllm.checkpoints.card import model_card
 from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
@@ -24,6 +26,7 @@ from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 
 CONFIG, GENERATION, CARD, PROCESSOR = "config.json", "generation_config.json", "README.md", "processor_config.json"
+DECODE = "decode_defaults"  # the configuration's attribute; never in config.json
 TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
 OTHERS = (*TOKENIZER_FILES, "*.safetensors", "README.md")
 
@@ -49,7 +52,7 @@ def save(
     """Write the folder; one that is there is replaced at the end, so a reader never sees half of it.
 
     Args:
-        generation: decode defaults; None is the model's own `generation_defaults`.
+        generation: decode defaults; None is what the model was loaded or composed with (`decode_defaults`).
         card: text for the model card, such as what it was trained on.
         dtype: of the weights in the file; None as they are.
 
@@ -58,19 +61,22 @@ def save(
     """
     path = Path(path)
     if path.exists() and any(path.iterdir()) and not (path / CONFIG).is_file():
-        raise ValueError(f"{path} holds files but no {CONFIG}, so it is no checkpoint to be replaced; name another folder.")
+        raise ValueError(
+            f"{path} holds files but no {CONFIG}, so it is no checkpoint to be replaced; name another folder."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new, state_dict=_cast(model.state_dict(), dtype))
-        if dtype is not None:
-            _update(new / CONFIG, {"dtype": str(dtype).removeprefix("torch.")})
+        with _quiet():
+            model.save_pretrained(new, state_dict=_cast(model.state_dict(), dtype))
+        config = {key: value for key, value in _read(new / CONFIG).items() if key != DECODE}
+        _write(new / CONFIG, config if dtype is None else {**config, "dtype": str(dtype).removeprefix("torch.")})
         if processor is not None:
             processor.save_pretrained(new)
-        generation = getattr(model, "generation_defaults", {}) if generation is None else generation
-        (new / GENERATION).write_text(json.dumps(to_dict(dict(generation)), indent=2) + "\n", encoding="utf-8")
-        (new / CARD).write_text(model_card(path.name, model, generation, card), encoding="utf-8")
+        defaults = decode_defaults(model) if generation is None else dict(generation)
+        _write(new / GENERATION, to_dict(defaults))
+        (new / CARD).write_text(model_card(path.name, model, defaults, card), encoding="utf-8")
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -105,17 +111,33 @@ def load(
     config = read_config(folder)
     device = torch.device(device or "cpu")
     kept: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        model, report = MultimodalModel.from_pretrained(
-            folder, config=config, dtype=kept, use_safetensors=True, output_loading_info=True
-        )
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit the model of its {CONFIG}: {error}") from None
-    refuse_keys(report["missing_keys"], report["unexpected_keys"], folder, f"the model of its {CONFIG}")
     generation = _read(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    model.generation_defaults = {k: v for k, v in generation.items() if k not in ("transformers_version", "_from_model_config")}
+    generation.pop("transformers_version", None)
+    with _quiet():
+        loaded: Any = MultimodalModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=kept,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    model, report = loaded
+    set_decode_defaults(model, generation)
+    wrong = [f"{name} ({list(stored)} for {list(wanted)})" for name, stored, wanted in report["mismatched_keys"]]
+    refuse_keys(report["missing_keys"], [*report["unexpected_keys"], *wrong], folder, f"the model of its {CONFIG}")
     processor = Processor.from_pretrained(folder) if (folder / PROCESSOR).is_file() else None
-    return Loaded(model=model.to(device).eval(), processor=processor, generation=dict(model.generation_defaults))
+    return Loaded(model=model.to(device).eval(), processor=processor, generation=generation)
+
+
+def decode_defaults(model: MultimodalModel) -> dict[str, Any]:
+    """The decode settings that the model was loaded or composed with, which `save` writes to generation_config.json."""
+    return dict(getattr(model.config, DECODE, {}))
+
+
+def set_decode_defaults(model: MultimodalModel, values: Mapping[str, Any]) -> None:
+    """They travel on the configuration, so that a model rebuilt from it (gathered from several processes) has them."""
+    setattr(model.config, DECODE, dict(values))
 
 
 def load_processor(path_or_name: str | Path, *, revision: str | None = None) -> Processor:
@@ -131,8 +153,8 @@ def read_config(folder: Path) -> DmllmConfig:
     kind = model_type(folder)
     if kind != DmllmConfig.model_type:
         raise ValueError(
-            f"{folder} holds a model of type {kind!r}, not {DmllmConfig.model_type!r}. A Llama- or Qwen-shaped language "
-            f"model can be the start of one: in a training YAML, write model: {{backbone: {folder}, vision: ...}}."
+            f"{folder} holds a model of type {kind!r}, not {DmllmConfig.model_type!r}. A Llama- or Qwen-shaped "
+            f"language model can be the start of one; in a training YAML: model: {{backbone: {folder}, vision: ...}}."
         )
     return DmllmConfig.from_pretrained(folder)
 
@@ -153,8 +175,8 @@ def resolve(path_or_name: str | Path, *, revision: str | None = None) -> Path:
         if name.count("/") != 1:
             known = ", ".join(sorted(packaged)) or "none"
             raise FileNotFoundError(
-                f"{name!r} is neither a folder (seen from {Path.cwd()}) nor a packaged model (there are: {known}); a hub "
-                "name has the form 'owner/name'."
+                f"{name!r} is neither a folder (seen from {Path.cwd()}) nor a packaged model (there are: {known}); "
+                "a hub name has the form 'owner/name'."
             )
     return fetch(name, need, also=OTHERS, revision=revision)
 
@@ -165,12 +187,28 @@ def _packaged() -> list[Path]:
     return [path for path in root.iterdir() if (path / CONFIG).is_file()] if root.is_dir() else []
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its own report on keys, which is an error here."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _cast(weights: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     if dtype is None:
         return weights
     cast: dict[Any, torch.Tensor] = {}
     return {
-        name: cast.setdefault((w.data_ptr(), w.shape), w.to(dtype) if w.is_floating_point() else w)  # tied ones stay one
+        name: cast.setdefault(
+            (w.data_ptr(), w.shape), w.to(dtype) if w.is_floating_point() else w
+        )  # tied ones stay one
         for name, w in weights.items()
     }
 
@@ -182,5 +220,5 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def _update(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_read(path) | values, indent=2) + "\n", encoding="utf-8")
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ def _texts(files: Sequence[str | Path]) -> Iterator[str]:
     for file in map(Path, files):
         if file.suffix in (".json", ".jsonl"):
             for record in open_source(DataSource(json_path=str(file))):
-                yield from (p["text"] for m in record.messages for p in m["content"] if p["type"] == "text")
+                yield from (p["text"] for m in record.messages for p in m["content"] if "text" in p)
         elif file.is_file():
             with file.open(encoding="utf-8") as lines:
                 yield from lines

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from dmllm.data.skeleton import TouchedError, filled, searched_for, segments, stand
+from dmllm.data.skeleton import TouchedError, filled, only_known_filters, searched_for, segments, stand
 from dmllm.types import Message, Part
 
 SPECIAL_TOKENS = {
@@ -58,6 +58,10 @@ Skeleton = list[tuple[list[str | tuple[int, bool]], bool]]
 _IMAGE: Part = {"type": "image"}
 
 
+class _ForgetsError(ValueError):
+    """The template renders the beginning of a conversation differently later on."""
+
+
 class Piece(NamedTuple):
     """A stretch of a rendered conversation that is tokenized on its own."""
 
@@ -86,35 +90,45 @@ class Chat:
         self._skeletons: dict[tuple[Any, ...], Skeleton | None] = {}
         self.reads_parts = self._reads_parts()
         self._check()
-        self._searched = searched_for(template)
+        self._searched, self._can_skip = searched_for(template), only_known_filters(template)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation. Raises ValueError with the template's own complaint."""
         return self._render(self._plain(messages), add_generation_prompt)
 
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
+    def pieces(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, only_last: bool = False
+    ) -> list[Piece]:
         """The conversation cut around every answer; the generation prompt follows a question, if wanted.
 
         An answer holds its end-of-turn token; white space that the template puts after that belongs to the next turn.
+        A template may render earlier answers differently, e.g. without their reasoning; then only the last answer can
+        be told apart, and everything before it is one piece.
+
+        Args:
+            only_last: only the last answer matters: allow such a template.
+
+        Raises:
+            ValueError: the template refuses the conversation, or renders earlier answers differently.
         """
         plain = self._plain(messages)
-        texts, shape = [], [add_generation_prompt]
+        texts, shape = [], [add_generation_prompt, only_last]
         for message in plain:
             content = message["content"]
             kinds = [part["type"] for part in content] if self.reads_parts else None
             texts += [part["text"] for part in content if part["type"] == "text"] if self.reads_parts else [content]
             shape += [message["role"], None if kinds is None else tuple(kinds)]
         key = tuple(shape)
-        if key not in self._skeletons:
+        if self._can_skip and key not in self._skeletons:
             if len(self._skeletons) >= CACHED_SHAPES:
                 self._skeletons.clear()
-            self._skeletons[key] = self._skeleton(plain, add_generation_prompt)
-        skeleton = self._skeletons[key]
+            self._skeletons[key] = self._skeleton(plain, add_generation_prompt, only_last)
+        skeleton = self._skeletons.get(key)
         if skeleton is None or any(word in text for word in self._searched for text in texts):
-            return self._cut(plain, add_generation_prompt)
+            return self._cut(plain, add_generation_prompt, only_last)
         return [Piece(filled(segments, texts), is_answer) for segments, is_answer in skeleton]
 
-    def _skeleton(self, plain: list[dict[str, Any]], add_generation_prompt: bool) -> Skeleton | None:
+    def _skeleton(self, plain: list[dict[str, Any]], add_generation_prompt: bool, only_last: bool) -> Skeleton | None:
         """The pieces of every conversation of this shape, or None if the template does more than print the texts."""
         numbers = itertools.count()
         stands = [
@@ -127,7 +141,7 @@ class Chat:
             for m in plain
         ]
         try:
-            pieces = [(segments(p.text), p.is_answer) for p in self._cut(stands, add_generation_prompt)]
+            pieces = [(segments(p.text), p.is_answer) for p in self._cut(stands, add_generation_prompt, only_last)]
         except TouchedError:
             return None
         printed = {s[0] for found, _ in pieces for s in found or () if not isinstance(s, str)}
@@ -135,7 +149,24 @@ class Chat:
             return None
         return [(found or [], is_answer) for found, is_answer in pieces]
 
-    def _cut(self, plain: list[dict[str, Any]], add_generation_prompt: bool) -> list[Piece]:
+    def _cut(self, plain: list[dict[str, Any]], add_generation_prompt: bool, only_last: bool) -> list[Piece]:
+        try:
+            return self._cut_everywhere(plain, add_generation_prompt)
+        except _ForgetsError:
+            if not only_last:
+                raise
+        if plain[-1]["role"] != "assistant":
+            return [Piece(self._render(plain, add_generation_prompt), False)]
+        prompt = self._render(plain[:-1], True)
+        return [Piece(prompt, False), Piece(self._answer(plain, prompt), True)]
+
+    def _answer(self, plain: list[dict[str, Any]], prompt: str) -> str:
+        """What the conversation's last answer adds to its prompt, up to the end-of-turn token."""
+        answer = self._rest(self._render(plain, False), prompt, len(plain) - 1)
+        ends = answer[-1:].isspace() and answer.rstrip().endswith(self.special_texts)
+        return answer.rstrip() if ends else answer
+
+    def _cut_everywhere(self, plain: list[dict[str, Any]], add_generation_prompt: bool) -> list[Piece]:
         pieces: list[Piece] = []
         done = ""
         for k, message in enumerate(plain):
@@ -143,9 +174,7 @@ class Chat:
                 continue
             prompt = self._render(plain[:k], True)
             pieces.append(Piece(self._rest(prompt, done, k), False))
-            answer = self._rest(self._render(plain[: k + 1], False), prompt, k)
-            if answer[-1:].isspace() and answer.rstrip().endswith(self.special_texts):
-                answer = answer.rstrip()
+            answer = self._answer(plain[: k + 1], prompt)
             pieces.append(Piece(answer, True))
             done = prompt + answer
         if not plain or plain[-1]["role"] != "assistant":
@@ -167,7 +196,7 @@ class Chat:
 
     def _rest(self, text: str, start: str, turn: int) -> str:
         if not text.startswith(start):
-            raise ValueError(
+            raise _ForgetsError(
                 f"The chat template renders the beginning of a conversation differently once message {turn} is there, "
                 "so its turns cannot be learned together; use turns: one or turns: each, or another template."
             )
@@ -176,7 +205,9 @@ class Chat:
     def _content(self, message: Message) -> Any:
         if self.reads_parts:
             return [_IMAGE if p["type"] == "image" else p for p in message["content"]]
-        return "".join((self.image_token or "") if p["type"] == "image" else p["text"] for p in message["content"])
+        return "".join(
+            (self.image_token or "") if p["type"] == "image" else p.get("text", "") for p in message["content"]
+        )
 
     def _reads_parts(self) -> bool:
         self.reads_parts = True

@@ -11,6 +11,7 @@ every document continues at position p, so that a packed document has the ids an
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ def pad_answer(
         target = fitting[1 + int(larger * (len(fitting) - 1))]
     if target == size:
         return document
-    return [*document, Chunk(np.full(target - size, eos), is_padding=True, is_scored=is_scored)]
+    return [*document, Chunk(repeated(eos, target - size), is_padding=True, is_scored=is_scored)]
 
 
 def leading_images(messages: list[Message], document: Document) -> int:
@@ -109,6 +110,14 @@ def tiles_of(documents: list[Document], rows_per_tile: int) -> int:
     """How many tiles the documents refer to."""
     last = max((int(c.slots.max()) for d in documents for c in d if c.slots is not None), default=-1)
     return last // rows_per_tile + 1
+
+
+@lru_cache(maxsize=4096)
+def repeated(token: int, count: int) -> np.ndarray:
+    """`count` times the same id, read-only."""
+    ids = np.full(count, token, dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
 
 
 def length(chunks: Document) -> int:

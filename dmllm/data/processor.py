@@ -33,10 +33,12 @@ from dmllm.data.packing import (
     length,
     only_last_answer,
     pad_answer,
+    repeated,
     split_turns,
     tiles_of,
 )
 from dmllm.data.tokens import Tokens
+from dmllm.hub import fetch
 from dmllm.tiling import ROW_BREAK, TilingConfig, plan
 from dmllm.types import PADDING, Example, Message, Part, Record, SpecialTokens
 
@@ -146,7 +148,10 @@ class Processor:
                 check_each(self.config)
             conversations = split_turns(record.messages, turns, generator)
             rows, pixel_values = self._images(conversations)
-            documents = [self._document(messages, rows) for messages in conversations]
+            only_last = turns != "all"
+            documents = [self._document(messages, rows, only_last=only_last) for messages in conversations]
+            if not all(document[-1].is_answer for document in documents):
+                raise ValueError("an empty answer, and the chat template puts no end token behind it.")
             if turns == "one":
                 documents = [only_last_answer(document) for document in documents]
             if self.config.answer_lengths:
@@ -248,21 +253,25 @@ class Processor:
         return sorted({*written, str(folder / TEMPLATE_FILE), str(folder / CONFIG_FILE)})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_: Any) -> Processor:
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None, **_: Any) -> Processor:
         """The processor that `save_pretrained` wrote; further arguments of transformers' from_pretrained are ignored.
 
+        Args:
+            folder: a folder, or a name on the hub.
+            revision: of a name on the hub.
+
         Raises:
-            ValueError: the folder holds no processor of this kind.
+            FileNotFoundError: there is no such folder or name, or it has no processor.
+            ValueError: the processor is of another kind.
         """
-        path = Path(folder) / CONFIG_FILE
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {CONFIG_FILE}; a processor is a folder that save_pretrained wrote.")
+        folder = fetch(str(folder), (CONFIG_FILE,), also=("tokenizer*", TEMPLATE_FILE), revision=revision)
+        path = folder / CONFIG_FILE
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("processor_class") != cls.__name__ or "special" not in values:
             raise ValueError(f"{path} is a {values.get('processor_class')!r}, not a dmllm processor.")
         tiling = values["config"].pop("tiling")
         config = ProcessorConfig(**values["config"], tiling=None if tiling is None else TilingConfig(**tiling))
-        template = Path(folder) / TEMPLATE_FILE
+        template = folder / TEMPLATE_FILE
         return cls(
             AutoTokenizer.from_pretrained(folder),
             config,
@@ -285,12 +294,12 @@ class Processor:
 
     def _prompt(self, conversation: list[Message], add_generation_prompt: bool) -> Example:
         rows, pixel_values = self._images([conversation])
-        document = self._document(conversation, rows, add_generation_prompt)
+        document = self._document(conversation, rows, add_generation_prompt, only_last=True)
         if (size := length(document)) > self.config.max_length:
             images = sum(len(chunk.ids) for chunk in document if chunk.slots is not None)
             raise ValueError(
                 f"The prompt takes {size} rows, {images} of them image rows, more than "
-                f"max_length={self.config.max_length}; shorten it, or raise max_length in the processor's configuration."
+                f"max_length={self.config.max_length}; shorten it, or raise max_length in processor_config.json."
             )
         document = [chunk._replace(is_answer=False) for chunk in document]
         return lay_out([document], self._shared(conversation, document), pixel_values, 0)
@@ -323,10 +332,14 @@ class Processor:
         return rows, tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
     def _document(
-        self, messages: list[Message], rows: dict[int, np.ndarray], add_generation_prompt: bool = True
+        self,
+        messages: list[Message],
+        rows: dict[int, np.ndarray],
+        add_generation_prompt: bool = True,
+        only_last: bool = False,
     ) -> Document:
         slots = [rows[id(part)] for part in self.tokens.images_in(messages)]
-        pieces = self.chat.pieces(messages, add_generation_prompt)
+        pieces = self.chat.pieces(messages, add_generation_prompt, only_last)
         return self._chunks([(*self.tokens.encode(piece.text), piece.is_answer) for piece in pieces], slots)
 
     def _chunks(self, pieces: list[tuple[np.ndarray, list[int], bool]], slots: list[np.ndarray]) -> Document:
@@ -344,7 +357,7 @@ class Processor:
                 if place > start:
                     document.append(Chunk(ids[start:place]))
                 image = next(supply)
-                document.append(Chunk(np.full(len(image), self.special.image), image))
+                document.append(Chunk(repeated(self.special.image or 0, len(image)), image))
                 start = place + 1
             if start < len(ids):
                 document.append(Chunk(ids[start:] if start else ids, None, is_answer))

@@ -19,6 +19,25 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 _PRINTED, _STRIPPED = "\ue000", "\ue001"  # private use: not in templates
 # White space at both ends and a quotation mark inside: trimming or escaping a printed text would not leave it whole.
 _PLACE = re.compile(f'\\n"{_PRINTED}(\\d+){_PRINTED}"\\n|"{_STRIPPED}(\\d+){_STRIPPED}"')
+# Filters that print or strip a text, raise on a stand, escape it visibly, or do not look at texts.
+KNOWN_FILTERS = {
+    *(
+        "trim",
+        "string",
+        "safe",
+        "default",
+        "d",
+        "tojson",
+        "escape",
+        "e",
+        "upper",
+        "lower",
+        "capitalize",
+        "length",
+        "count",
+    ),
+    *("selectattr", "rejectattr", "list", "first", "last", "items", "dictsort"),
+}
 _KEPT = {
     *("__new__", "__init__", "__class__", "__str__", "__repr__", "__format__", "__getattribute__", "__setattr__"),
     *("__delattr__", "__doc__", "__dir__", "__reduce__", "__reduce_ex__", "__sizeof__", "__subclasshook__"),
@@ -83,6 +102,12 @@ def segments(rendered: str) -> list[str | tuple[int, bool]] | None:
 def filled(skeleton: Sequence[str | tuple[int, bool]], texts: Sequence[str]) -> str:
     """The skeleton with the texts in their places."""
     return "".join(s if isinstance(s, str) else texts[s[0]].strip() if s[1] else texts[s[0]] for s in skeleton)
+
+
+def only_known_filters(template: str) -> bool:
+    """Whether every filter of the template prints, strips, or shows that it does more; others could go unnoticed."""
+    tree = _compile_jinja_template(template).environment.parse(template)
+    return {found.name for found in tree.find_all(nodes.Filter)} <= KNOWN_FILTERS
 
 
 def searched_for(template: str) -> tuple[str, ...]:

@@ -66,8 +66,10 @@ class Tokens:
                     if message["role"] == "assistant":
                         raise ValueError("an image in an assistant turn; answers are text.")
                     images.append(part)
-                elif self.mask_text in part["text"] or (self.image_text and self.image_text in part["text"]):
-                    found = self.mask_text if self.mask_text in part["text"] else self.image_text
+                    continue
+                text = part.get("text", "")
+                if self.mask_text in text or (self.image_text is not None and self.image_text in text):
+                    found = self.mask_text if self.mask_text in text else self.image_text
                     raise ValueError(
                         f"the text contains {found!r}, a special token of the model; give images as image parts, and "
                         "write such names differently."

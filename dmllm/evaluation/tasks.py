@@ -10,6 +10,7 @@ Two kinds of rows are read, from JSON, JSONL or Hugging Face data sets:
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dmllm.data.packing import split_turns
 from dmllm.data.sources import DataSource, Source, open_source
 from dmllm.data.sources.records import read_row
 from dmllm.evaluation.config import TaskConfig
+from dmllm.evaluation.metrics import METRICS, Metric
 from dmllm.types import Message, Part
 
 ONE_KIND = "all"  # the kind of questions whose data names none
@@ -49,7 +51,7 @@ class Question:
     @property
     def images(self) -> list[Any]:
         """Its pictures: paths, bytes or data URLs."""
-        return [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
+        return [part.get("image") for m in self.messages for part in m["content"] if part["type"] == "image"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,13 @@ class Task:
     sha256: str | None
     """Of the data file; None for several files or a Hugging Face data set."""
     chance: dict[str, float]
-    """Exact-match score of guessing by kind, as far as known."""
+    """Score of guessing by kind, as far as known."""
+
+    @property
+    def questions_sha256(self) -> str:
+        """Digest of what is asked and what is true: two evaluations with the same one can be compared."""
+        told = [(i.id, i.kind, i.text, i.truths) if isinstance(i, Question) else (i.id,) for i in self.items]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def read_task(config: TaskConfig, *, decode: dict[str, Any], folder: Path, on_error: Literal["raise", "skip"]) -> Task:
@@ -81,28 +89,34 @@ def read_task(config: TaskConfig, *, decode: dict[str, Any], folder: Path, on_er
     Args:
         decode: the suite's decode settings, under the task's.
         folder: where a built-in data set is made (`folder/NAME-SPLIT-NUM-SEED`).
+        on_error: skip keeps a record that cannot be asked as a `BadRecord`.
 
     Raises:
         ValueError: no such data; no question is left; or (on_error raise) a record that cannot be asked.
     """
     if config.builtin is not None:
-        made = folder / "-".join(map(str, (config.builtin, config.split, config.num, config.seed)))
+        options = [f"{key}_{value}" for key, value in sorted(config.options.items())]
+        made = folder / "-".join(map(str, (config.builtin, config.split, config.num, config.seed, *options)))
         make(config.builtin, made, num=config.num, split=config.split, seed=config.seed, **config.options)
-        path, guessing = str(made / "data.json"), chance(config.builtin) | config.chance
+        path, guessing = str(made / "data.json"), chance(config.builtin)
     else:
         assert config.data is not None
-        path, guessing = config.data, config.chance
+        path, guessing = config.data, {}
     source = open_source(DataSource(json_path=path, image_folder=config.image_folder, name=config.name))
     items: list[Question | BadRecord] = []
+    asked = 0
     for item in _items(config, source, decode):
         if isinstance(item, BadRecord) and on_error == "raise":
             raise ValueError(f"{item.error} (on_error: skip counts such records and goes on)")
         items.append(item)
-        if config.limit is not None and sum(isinstance(i, Question) for i in items) == config.limit:
+        asked += isinstance(item, Question)
+        if asked == config.limit:
             break
-    if not any(isinstance(item, Question) for item in items):
+    if not asked:
         seen = "no record of it could be read" if items else f"no question is of kind {config.kinds}"
         raise ValueError(f"Task {config.name!r} asks nothing of {path}: {seen}.")
+    exact = {item.kind for item in items if isinstance(item, Question) and item.metric == "exact_match"}
+    guessing = {kind: score for kind, score in guessing.items() if kind in exact} | config.chance
     return Task(config=config, items=items, data=path, sha256=sha256_of(Path(path)), chance=guessing)
 
 
@@ -167,6 +181,9 @@ def _question(
     config: TaskConfig, name: str, location: str, decode: dict[str, Any], asked: list[Message], truths: tuple[str, ...]
 ) -> Question:
     kind = _kind(asked)
+    metric: Metric = METRICS.load(config.metric_name(kind))
+    if metric.each is not None:
+        metric.each("", truths)  # raises for truths that the metric cannot score
     last: Message = {"role": "user", "content": templated(config.prompt, asked[-1]["content"])}
     return Question(
         id=name,
@@ -192,6 +209,6 @@ def templated(prompt: str, content: list[Part]) -> list[Part]:
     if not texts:
         raise ValueError("the question has no text.")
     parts: list[Part] = [{**part} for part in content]
-    parts[texts[0]]["text"] = before + parts[texts[0]]["text"]
-    parts[texts[-1]]["text"] = parts[texts[-1]]["text"] + after
+    parts[texts[0]]["text"] = before + parts[texts[0]].get("text", "")
+    parts[texts[-1]]["text"] = parts[texts[-1]].get("text", "") + after
     return parts

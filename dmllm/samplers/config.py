@@ -56,6 +56,14 @@ class DecodeConfig:
                 raise ValueError(
                     f"{name}={value!r} must be a whole number, at least 1{' or None' if optional else ''}."
                 )
+        for name in ("threshold", "temperature", "top_p", "cfg_scale"):
+            value = getattr(self, name)
+            if not (value is None and name == "threshold") and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ValueError(f"{name}={value!r} must be a number{' or None' if name == 'threshold' else ''}.")
+        if any(type(i) is not int for i in self.stop_ids):
+            raise ValueError(f"eos_token_id={self.eos_token_id!r} must be a token id, a list of them, or None.")
         if self.remasking not in REMASKING and ":" not in str(self.remasking):
             raise ValueError(
                 f"remasking={self.remasking!r} is not a known rule; {nearest(str(self.remasking), REMASKING)}"
@@ -108,7 +116,7 @@ class DecodeConfig:
     def stop_ids(self) -> tuple[int, ...]:
         """`eos_token_id` as a tuple."""
         ids = self.eos_token_id
-        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
 def decode_config(options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> DecodeConfig:

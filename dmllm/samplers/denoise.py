@@ -62,7 +62,7 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     """
     length = canvas.ids.shape[1]
     canvas = _enter_block(canvas, config.block_of(length))
-    rows, asked, slots = _open_rows(canvas, config.block_of(length))
+    rows, asked, slots = _open_rows(canvas, config.block_of(length), compact=canvas.ids.device.type == "cpu")
     uniform = _draw(config, draws, config.block_of(length), slots)
     seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
     doubt = REMASKING.load(config.remasking)(seen, uniform[1])
@@ -79,17 +79,17 @@ def _enter_block(canvas: Canvas, block_length: int) -> Canvas:
     return replace(canvas, block=block, calls=torch.where(block == canvas.block, canvas.calls, 0))
 
 
-def _open_rows(canvas: Canvas, block_length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _open_rows(canvas: Canvas, block_length: int, *, compact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The positions to ask for, [B, K]; which of them are unknown (the others are padding); their places in the block.
 
-    On a CPU K is the greatest number of unknown positions, elsewhere the whole block, so that shapes stay the same.
+    K is the whole block, so that shapes stay the same from call to call; `compact` leaves the known ones out.
     """
     slots = torch.arange(block_length, device=canvas.ids.device).expand(len(canvas), -1)
     rows = canvas.block[:, None] * block_length + slots
     asked = rows < canvas.ids.shape[1]
     rows = rows.clamp(max=canvas.ids.shape[1] - 1)
     asked = asked & ~canvas.committed.gather(1, rows)
-    if canvas.ids.device.type != "cpu":
+    if not compact:
         return rows, asked, slots
     slots = (~asked).long().argsort(dim=1, stable=True)[:, : int(asked.sum(1).max())]
     return rows.gather(1, slots), asked.gather(1, slots), slots

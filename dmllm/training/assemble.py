@@ -63,9 +63,10 @@ def assemble(config: TrainConfig) -> Run:
     configure_torch(config.deterministic)
     torch.manual_seed(config.seed)
     core, processor = compose(config.model)
-    set_learning(core, config.parts)
+    set_learning(core, config.parts, compact=config.precision == "bf16" and not accelerator.is_fsdp2)
     core.train()
-    core.set_gradient_checkpointing(config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        core.set_gradient_checkpointing(True)
     if config.compile:
         compile_blocks(core)
     objective = build_objective(
@@ -115,7 +116,8 @@ def open_loader(run: Run, data: str | DataConfig, mixture: Mixture, *, start: in
 
 def configure_torch(deterministic: bool) -> None:
     """TF32 products on GPUs; deterministic kernels if asked for."""
-    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(deterministic)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+import transformers
+
 from dmllm.config import load_config
 from dmllm.training.config import TrainConfig
 from dmllm.training.loop import train
@@ -24,6 +26,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(USAGE)
         return 0 if arguments else 2
     recipe = arguments[0] if not arguments[0].startswith("--") else None
+    transformers.logging.disable_progress_bar()  # of writing weights, across the run's own
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("dmllm").setLevel(logging.INFO)
     try:

@@ -148,7 +148,8 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the moving average of the weights that is validated and saved; 0: off, the weights themselves are."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast, with learning weights kept in float32. fp32 on a GPU multiplies in TF32."""
+    """bf16: autocast; learning weights stay float32, frozen ones become bfloat16 where that loses nothing.
+    fp32 on a GPU multiplies in TF32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

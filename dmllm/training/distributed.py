@@ -31,7 +31,7 @@ def build_accelerator(precision: str, *, trackers: list[str], folder: str) -> Ac
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=trackers or None,
+        log_with=[*trackers] or None,  # type: ignore[arg-type]
         project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -74,13 +74,14 @@ def global_counts(accelerator: Accelerator, counts: list[dict[str, Tensor]]) -> 
     names = sorted(counts[0])
     total = torch.stack([torch.stack([c[name].double() for c in counts]).sum() for name in names])
     if accelerator.num_processes > 1:
-        total = accelerator.reduce(total.to(accelerator.device), "sum")
+        total = sum_over_processes(accelerator, total.to(accelerator.device))
     return dict(zip(names, total.clamp(min=1e-12).float(), strict=True))
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The element-wise sum of a small tensor over all processes."""
-    return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
+    total: Any = accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
+    return total
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -32,12 +32,10 @@ def card(run: Run, progress: Progress) -> str:
     """For the model card: what it was trained on, and for how long."""
     config = run.config
     data = config.data if isinstance(config.data, str) else ", ".join(entry.label for entry in config.data.datasets)
-    start = f", continuing from {run.start.step}" if run.start.step else ""
     average = f" The weights are a moving average (decay {config.ema})." if config.ema else ""
-    best = (
-        f" Lowest validation loss {progress.best_loss:.4f} at step {progress.best_step}." if progress.best_step else ""
-    )
+    best = progress.best_step
+    lowest = f" Lowest validation loss {progress.best_loss:.4f}, at step {best}." if best else ""
     return (
-        f"Trained for {progress.step} steps{start} of {config.batch_size} examples on {data}, objective "
-        f"{config.objective.name}, seed {config.seed}.{best}{average}"
+        f"Trained for {progress.step} steps of {config.batch_size} examples on {data}, objective "
+        f"{config.objective.name}, seed {config.seed}.{lowest}{average}"
     )

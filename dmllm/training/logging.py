@@ -1,7 +1,7 @@
 """What a run says of itself: a progress bar or plain lines, metrics.jsonl, loss.png, and trackers if asked for.
 
-`metrics.jsonl` has one JSON object a line. Training lines hold step, loss, grad_norm, lr, examples_per_second;
-validation lines hold step, validation_loss.
+`metrics.jsonl` has one JSON object a line. Training lines hold step, loss, grad_norm, lr, examples, examples_per_second
+and data_wait, the share of the time spent waiting for data; validation lines hold step and validation_loss.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Reporter:
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if self.main:
-            _drop_lines_after(self.path, start)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _drop_lines_after(folder / name, start)
             if console.is_terminal:
                 columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
                 self.bar = Progress(*columns, console=console, refresh_per_second=2)

@@ -58,7 +58,8 @@ def train(config: TrainConfig) -> Result:
     report = Reporter(run.folder, run.accelerator, total=run.steps, start=run.start.step)
     factor = learning_rate_factor(config.schedule, run.steps)
     progress, window = run.start, Window()
-    batches = open_loader(run, config.data, run.mixture, start=progress.examples, seed=config.seed)
+    loader = open_loader(run, config.data, run.mixture, start=progress.examples, seed=config.seed)
+    batches = Timed(loader)
     with report, stop_requests() as stopped:
         _say_start(run, report)
         for step in range(progress.step, run.steps):
@@ -69,18 +70,20 @@ def train(config: TrainConfig) -> Result:
             saving = last or progress.step % config.save_every == 0
             stop = stopped() and run.accelerator.num_processes == 1
             if saving or stop or progress.step % config.log_every == 0:
-                stop = window.log(run, report, progress, factor(step), stopped())
+                stop = window.log(run, report, progress, factor(step), batches.taken(), stopped())
+            paused = time.monotonic()
             if config.validation and (last or progress.step % config.validation.every == 0):
                 progress = validate(run, report, progress)
             if config.samples.every and (last or progress.step % config.samples.every == 0):
                 sample_answers(run, progress.step)
             if saving or stop:
                 save_checkpoint(run.folder, progress, run.learned, run.accelerator, config.keep)
+            window.since += time.monotonic() - paused
             if stop and not last:
                 break
-        batches.close()
-        if batches.skipped:
-            report.say(f"{batches.skipped} records could not be used and others took their place.")
+        loader.close()
+        if loader.skipped:
+            report.say(f"{loader.skipped} records could not be used and others took their place.")
         return finish(run, report, progress)
 
 
@@ -104,13 +107,35 @@ def training_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, Te
         for name, part in parts.items():
             shares[name] = part.detach() + shares.get(name, 0.0)
     learning = [p for p in run.core.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(learning, config.clip_norm or math.inf)
+    norm: Any = accelerator.clip_grad_norm_(learning, config.clip_norm or math.inf)
     for optimiser in run.learned.optimisers.values():
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     if run.learned.ema is not None:
         run.learned.ema.update(step)
     return {**shares, "grad_norm": norm.full_tensor() if hasattr(norm, "full_tensor") else norm}
+
+
+@dataclass
+class Timed:
+    """An iterator that adds up how long its items were waited for."""
+
+    batches: Iterator[Batch]
+    seconds: float = 0.0
+
+    def __iter__(self) -> Timed:
+        return self
+
+    def __next__(self) -> Batch:
+        before = time.monotonic()
+        batch = next(self.batches)
+        self.seconds += time.monotonic() - before
+        return batch
+
+    def taken(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 @dataclass
@@ -127,8 +152,13 @@ class Window:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
 
-    def log(self, run: Run, report: Reporter, progress: Progress, factor: float, stop: bool) -> bool:
-        """Write the window's means and begin a new one. Returns whether any process was asked to stop."""
+    def log(self, run: Run, report: Reporter, progress: Progress, factor: float, waited: float, stop: bool) -> bool:
+        """Write the window's means and begin a new one. Returns whether any process was asked to stop.
+
+        Args:
+            factor: of the learning rates.
+            waited: seconds spent waiting for data.
+        """
         flag = torch.tensor(float(stop), device=run.accelerator.device)
         values = torch.stack([flag, *(value.float() for value in self.sums.values())])
         flags, *totals = sum_over_processes(run.accelerator, values).tolist()
@@ -151,6 +181,7 @@ class Window:
             lr=run.config.optimiser.lr * factor,
             examples=progress.examples,
             examples_per_second=rate,
+            data_wait=waited / seconds,
         )
         report.progress(progress.step, loss, rate)
         self.sums, self.steps = {}, 0
@@ -161,7 +192,7 @@ def validate(run: Run, report: Reporter, progress: Progress) -> Progress:
     """Log the validation loss and keep the model in best/ if it is the lowest so far."""
     loss = validation_loss(run)
     report.write(progress.step, validation_loss=loss)
-    better = progress.best_loss is None or loss < progress.best_loss
+    better = loss < (math.inf if progress.best_loss is None else progress.best_loss)
     report.say(f"step {progress.step}: validation loss {loss:.4f}{' (best)' if better else ''}")
     if not better:
         return progress

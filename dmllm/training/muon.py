@@ -1,8 +1,8 @@
 """torch.optim.Muon with matrices of one shape orthogonalised together.
 
-The update is torch.optim.Muon's (Jordan et al., 2024): momentum, five Newton-Schulz steps in bfloat16, a rate adjusted to
-the shape. A transformer has few shapes and many matrices; stacking them turns hundreds of small products into a few
-batched ones, which is most of an optimiser step's time on a GPU and for small models. Sharded matrices go to torch's.
+The update is torch.optim.Muon's (Jordan et al., 2024): momentum, five Newton-Schulz steps in bfloat16, a rate adjusted
+to the shape. A transformer has few shapes and many matrices; stacked, hundreds of small products become a few batched
+ones, which for small models are most of an optimiser step. Sharded matrices are left to torch's.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Muon(torch.optim.Muon):
         return None
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers

@@ -22,12 +22,26 @@ def part_of(name: str) -> str:
     return "projector" if root == "row_break" else root
 
 
-def set_learning(model: nn.Module, parts: PartsConfig) -> None:
-    """Freeze what does not learn; what learns is kept in float32. Raises ValueError when nothing is left to learn."""
+def set_learning(model: nn.Module, parts: PartsConfig, *, compact: bool = False) -> None:
+    """Freeze what does not learn; what learns is kept in float32.
+
+    Args:
+        compact: frozen parts whose every weight bfloat16 holds exactly (published ones mostly do) are kept in it.
+
+    Raises:
+        ValueError: nothing is left to learn.
+    """
+    frozen: dict[str, list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_part(parts, name).learn)
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+        if not parameter.requires_grad:
+            frozen[part_of(name)].append(parameter)
+        elif parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    for parameters in frozen.values() if compact else ():
+        if all(torch.equal(p.data.bfloat16().to(p.dtype), p.data) for p in parameters):
+            for parameter in parameters:
+                parameter.data = parameter.data.bfloat16()
     if not any(p.requires_grad for p in model.parameters()):
         has = sorted({part_of(name) for name, _ in model.named_parameters()})
         raise ValueError(f"No part learns: the model has {', '.join(has)}; set --parts.{has[0]}.learn=true.")
@@ -69,7 +83,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     """Names of the 2-D weights between hidden layers: of linear and attention modules, but neither the vocabulary
     projection nor a patch embedding."""
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     outside |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     names = set()
     for path, module in model.named_modules():

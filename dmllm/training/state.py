@@ -60,7 +60,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         if config.resume == "never" and folder.exists() and any(folder.iterdir()):
             folder.rename(_free_name(folder))
-        if config.resume == "auto" and (folder / "config.yaml").is_file():
+        if config.resume == "auto" and (folder / "config.yaml").is_file() and newest_checkpoint(folder):
             _refuse_other_run(config, folder)
         save_config(config, folder / "config.yaml")
         for left in (*folder.glob("checkpoints/.writing-*"), *folder.glob(".*.new-*")):  # of a killed run

@@ -1,4 +1,4 @@
-"""A vision encoder gives exactly the features of its library, patches only, from uint8 pixels; resolved, it needs no files."""
+"""A vision encoder gives exactly its library's patch features from uint8 pixels; resolved, it needs no files."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from dmllm.samplers.config import DecodeConfig, decode_config
         ({"temperature": -1}, "must be 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "above 0"),
         ({"top_p": 0.9}, "has no effect at temperature=0"),
+        ({"temperature": "warm"}, "temperature='warm' must be a number."),
+        ({"eos_token_id": "<|end|>"}, "must be a token id"),
         ({"cfg_scale": -0.5}, "0 (no guidance)"),
         ({"max_tokens": 9}, "Unknown decode option 'max_tokens'; did you mean max_new_tokens"),
         ({"blok_length": 9}, "did you mean block_length"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Generator
 
+import dmllm.samplers.denoise as loop
 from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.denoise import denoise
@@ -84,6 +85,30 @@ def test_quotas_are_even_with_the_remainder_first_and_sum_to_the_block() -> None
     counts = torch.stack([s.committed.sum() for s in steps]).diff(prepend=torch.zeros(1, dtype=torch.int64))
     assert counts.tolist() == [4, 3, 3, 4, 3, 3]
     assert steps[-1].num_forwards.tolist() == [6]
+
+
+def published_loop(model: NoiseModel, length: int, block_length: int, steps: int) -> list[torch.Tensor]:
+    """LLaDA's generate.py at temperature 0, as published: every position scored, quotas listed beforehand."""
+    canvas, states = Canvas.blank(1, length, model.mask), []
+    everywhere = torch.arange(length)[None]
+    for start in range(0, length, block_length):
+        per_block = steps // (length // block_length)
+        quotas = [block_length // per_block + (i < block_length % per_block) for i in range(per_block)]
+        for quota in quotas:
+            probs = model(canvas, everywhere).index_fill(-1, torch.tensor(model.mask), -torch.inf).double().softmax(-1)
+            confidence, tokens = probs.max(-1)
+            open_here = ~canvas.committed & (everywhere >= start) & (everywhere < start + block_length)
+            best = confidence.masked_fill(~open_here, -torch.inf).topk(quota).indices
+            canvas = canvas.commit(everywhere, tokens, torch.zeros_like(open_here).scatter(1, best, True))
+            states.append(canvas.ids)
+    return states
+
+
+@pytest.mark.parametrize(("length", "block_length", "steps"), [(12, 12, 12), (12, 12, 5), (12, 4, 12), (12, 6, 4)])
+def test_the_loop_takes_the_published_steps(length: int, block_length: int, steps: int) -> None:
+    expected = published_loop(NoiseModel(), length, block_length, steps)
+    taken = fill(NoiseModel(), DecodeConfig(max_new_tokens=length, block_length=block_length, steps=steps), 1, length)
+    assert [s.ids.tolist() for s in taken] == [ids.tolist() for ids in expected]
 
 
 def test_without_steps_one_token_is_committed_a_call() -> None:
@@ -191,6 +216,23 @@ def test_only_unknown_rows_of_the_active_block_are_asked_for_on_a_cpu() -> None:
     for canvas, rows in model.calls:
         assert not canvas.committed.gather(1, rows).any()
         assert (rows // 3 == canvas.block[:, None]).all()
+
+
+@pytest.mark.parametrize("remasking", RULES)
+def test_asking_for_the_whole_block_as_on_a_gpu_gives_the_same_tokens(remasking: str, monkeypatch) -> None:
+    config = DecodeConfig(max_new_tokens=10, block_length=4, steps=6, remasking=remasking, temperature=1.0)
+    compact = fill(NoiseModel(), config, 3, 10)
+    open_rows, widths = loop._open_rows, set()
+
+    def whole(canvas: Canvas, block_length: int, *, compact: bool):
+        found = open_rows(canvas, block_length, compact=False)
+        widths.add(found[0].shape[1])
+        return found
+
+    monkeypatch.setattr(loop, "_open_rows", whole)
+    static = fill(NoiseModel(), config, 3, 10)
+    assert widths == {4}
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(compact, static, strict=True))
 
 
 def test_finished_rows_leave_the_batch() -> None:

@@ -36,7 +36,7 @@ def test_several_processes_that_accelerate_would_run_as_one_are_refused(monkeypa
 
 def test_fsdp_that_accelerate_would_ignore_is_refused(monkeypatch):
     monkeypatch.setattr("dmllm.training.distributed.environment", {"ACCELERATE_USE_FSDP": "true"}.get)
-    with pytest.raises(ValueError, match="accelerate_fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"accelerate_fsdp2\.yaml"):
         build_accelerator("fp32", trackers=[], folder="unused")
 
 

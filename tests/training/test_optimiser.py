@@ -75,7 +75,7 @@ def test_what_learns_is_kept_in_float32_and_what_does_not_stays_as_it_was(model)
 
 def test_a_model_of_which_nothing_would_learn_is_refused():
     shape = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    with pytest.raises(ValueError, match="the model has backbone; set --parts.backbone.learn=true"):
+    with pytest.raises(ValueError, match=r"the model has backbone; set --parts\.backbone\.learn=true"):
         set_learning(MultimodalModel(DmllmConfig(backbone=shape)), PartsConfig(backbone=PartConfig(learn=False)))
 
 
@@ -94,3 +94,13 @@ def test_batched_muon_is_torchs_muon(rule):
         runs.append(weights)
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=0)
+
+
+def test_frozen_parts_become_bfloat16_only_where_that_loses_nothing(model):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1.0 if name.startswith("vision") else 0.1)
+    set_learning(model, PartsConfig(vision=PartConfig(learn=False), backbone=PartConfig(learn=False)), compact=True)
+    assert all(
+        p.dtype == (torch.bfloat16 if n.startswith("vision") else torch.float32) for n, p in model.named_parameters()
+    )

@@ -170,7 +170,12 @@ def ask_neighbor(rng: np.random.Generator, rows: Rows) -> Asked:
 
 
 def ask_count(rng: np.random.Generator, rows: Rows) -> Asked:
-    templates = ("how many digits are there?", "how many digits are in the picture?", "count the digits.")
+    templates = (
+        "how many digits are there?",
+        "how many digits are in the picture?",
+        "how many digits do you see?",
+        "count the digits.",
+    )
     return sentence(rng, templates), str(sum(len(row) for row in rows))
 
 

@@ -84,9 +84,11 @@ def spread(rng: np.random.Generator, rates: dict[str, float]) -> list[str]:
 
 
 def sentence(rng: np.random.Generator, templates: Sequence[str], *words: str) -> str:
-    """One of the paraphrases with the words filled in; three in ten begin with a capital letter."""
+    """One of the paraphrases with the words filled in; as people write, three in ten begin with a capital letter and
+    one in ten ends without its mark."""
     text = pick(rng, templates).format(*words)
-    return text[0].upper() + text[1:] if rng.random() < 0.3 else text
+    text = text[0].upper() + text[1:] if rng.random() < 0.3 else text
+    return text[:-1] if rng.random() < 0.1 else text
 
 
 def noun_phrase(article: str, words: str) -> str:

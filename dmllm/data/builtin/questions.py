@@ -101,7 +101,10 @@ def _attribute(rng: np.random.Generator, scene: Scene, attribute: str, templates
 
 def ask_color(rng: np.random.Generator, scene: Scene) -> Asked:
     return _attribute(
-        rng, scene, "color", ("what color is {}?", "what is the color of {}?", "which color does {} have?")
+        rng,
+        scene,
+        "color",
+        ("what color is {}?", "what colour is {}?", "what is the color of {}?", "which color does {} have?"),
     )
 
 
@@ -122,7 +125,12 @@ def ask_size(rng: np.random.Generator, scene: Scene) -> Asked:
 
 def ask_count(rng: np.random.Generator, scene: Scene) -> Asked:
     """How many objects in all."""
-    templates = ("how many objects are there?", "how many objects are in the picture?", "count the objects.")
+    templates = (
+        "how many objects are there?",
+        "how many objects are in the picture?",
+        "how many objects do you see?",
+        "count the objects.",
+    )
     return sentence(rng, templates), str(len(scene.things))
 
 
@@ -236,7 +244,10 @@ def ask_caption(rng: np.random.Generator, scene: Scene) -> Asked:
     nouns = [noun_phrase("a", words_of(size=t.size, color=t.color, shape=t.shape)) for t in scene.things]
     answer = " and ".join(part for part in (", ".join(nouns[:-1]), nouns[-1]) if part)
     templates = (
+        "describe the picture.",
         "describe the picture from left to right.",
+        "what is in the picture?",
+        "what do you see?",
         "what is in the picture, from left to right?",
         "list the objects from left to right.",
         "caption this picture from left to right.",

@@ -48,7 +48,7 @@ def open_dataset(name: str | Path, split: str, subset: str | None) -> DatasetRow
             loaded = datasets.load_from_disk(str(name))
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:
-                    raise ValueError(f"there is no split {split!r}; it has {', '.join(loaded)}.")
+                    raise ValueError(f"there is no split {split!r}; it has {', '.join(map(str, loaded))}.")
                 loaded = loaded[split]
         else:
             loaded = datasets.load_dataset(name, subset, split=split)

@@ -16,21 +16,27 @@ Z = 1.959964  # the normal quantile that leaves 2.5 % on each side
 RESAMPLES = 1000
 
 
-def interval(scores: Sequence[float], groups: Sequence[Hashable] | None = None) -> tuple[float, float, str]:
-    """(low, high, method) around the mean of `scores`; `groups` names what each score shares (its picture).
+def interval(
+    scores: Sequence[float], groups: Sequence[Hashable] | None = None, *, shares: bool = True
+) -> tuple[float, float, str]:
+    """(low, high, method) around the mean of `scores`; method is "wilson" or "bootstrap".
 
-    Method is "wilson" or "bootstrap". When all scores are equally right or wrong the bootstrap has no width, so
-    Wilson's interval on the number of groups is given. Raises ValueError without scores.
+    Args:
+        groups: what each score shares with others (its picture); None, or one group for all, is independent scores.
+        shares: whether scores lie in [0, 1]; others always get the bootstrap.
+
+    Equal scores leave the bootstrap without width; all right or all wrong, they get Wilson's interval on the groups.
+    Raises ValueError without scores.
     """
     if not scores:
         raise ValueError("An interval needs at least one score.")
-    groups = list(range(len(scores))) if groups is None else groups
-    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    binary = set(scores) <= {0.0, 1.0}
-    if binary and (len(number) == len(scores) or len(set(scores)) == 1):
-        return *wilson(scores[0] * len(number) if len(set(scores)) == 1 else sum(scores), len(number)), "wilson"
-    index = np.array([number[group] for group in groups])
-    return *bootstrap(np.bincount(index, weights=np.asarray(scores)), np.bincount(index)), "bootstrap"
+    names = list(dict.fromkeys(groups if groups is not None else ()))
+    number = {name: i for i, name in enumerate(names)}
+    index = np.arange(len(scores)) if groups is None or len(names) == 1 else np.array([number[g] for g in groups])
+    counts = np.bincount(index)
+    if shares and set(scores) <= {0.0, 1.0} and (len(counts) == len(scores) or len(set(scores)) == 1):
+        return *wilson(sum(scores) / len(scores) * len(counts), len(counts)), "wilson"
+    return *bootstrap(np.bincount(index, weights=np.asarray(scores)), counts), "bootstrap"
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:
@@ -38,11 +44,11 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     share, spread = right / count, Z * Z / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if right <= 0 else centre - half), (1.0 if right >= count else centre + half)
 
 
 def bootstrap(totals: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The middle 95 % of means over groups drawn again with replacement; group i holds counts[i] scores of sum totals[i]."""
+    """The middle 95 % of means over groups drawn with replacement; totals[i] sums the counts[i] scores of group i."""
     generator = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):

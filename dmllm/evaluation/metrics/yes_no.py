@@ -30,7 +30,7 @@ def yes_no_right(answer: str, truths: Truths) -> float:
 
 
 def pope(answers: Sequence[str], truths: Sequence[Truths]) -> Corpus:
-    """Scores are the accuracy's; details hold precision, recall, F1 (None where undefined), yes ratio, unclear ratio."""
+    """Scores are right or wrong; details hold precision, recall, F1 (None where undefined), yes and unclear ratio."""
     parsed = [parse_yes_no(answer) for answer in answers]
     yes = [answer != "no" for answer in parsed]
     true = [_truth(t) for t in truths]

@@ -1,8 +1,8 @@
 """What every vision encoder is: uint8 pixels in, one row of features per patch out, left to right, top to bottom.
 
-The libraries (timm, open_clip, transformers) bring the towers; an adapter says which of a tower's layers is read. Class,
-register and other prefix tokens are dropped, and what the chosen layer does not need (later blocks, pooling heads) is
-removed, so that it costs neither time nor memory and no parameter goes without a gradient.
+The libraries (timm, open_clip, transformers) bring the towers; an adapter says which of a tower's layers is read.
+Class, register and other prefix tokens are dropped, and what the chosen layer does not need (later blocks, pooling
+heads) is removed, so that it costs neither time nor memory and no parameter goes without a gradient.
 
 Layers count from the end: -1 is the library's last features, final norm included where the library applies one to the
 patches; -k is the output of the k-th block from the end, without final norm (LLaVA, LLaDA-V and LaViDa read -2).
@@ -59,6 +59,12 @@ class VisionConfig:
         return self.name.partition(":")[0]
 
     @property
+    def size(self) -> tuple[int, int]:
+        """`image_size` of a resolved configuration: (height, width)."""
+        assert isinstance(self.image_size, tuple), self
+        return self.image_size
+
+    @property
     def model(self) -> str:
         """The name within the library: what stands after the first colon."""
         return self.name.partition(":")[2]
@@ -72,8 +78,9 @@ class VisionEncoder(nn.Module, ABC):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        assert config.mean and config.std and config.interpolation and isinstance(config.image_size, tuple), config
-        self.image_size: tuple[int, int] = config.image_size
+        assert config.mean is not None, "build_vision resolves first"
+        assert config.std is not None
+        self.image_size = config.size
         self.mean, self.std, self.interpolation = config.mean, config.std, config.interpolation
 
     @staticmethod

@@ -44,7 +44,7 @@ class HuggingFaceEncoder(VisionEncoder):
         shape = _shape(config)
         if -config.layer > shape.num_hidden_layers:
             raise ValueError(f"vision layer={config.layer}: {config.name} has {shape.num_hidden_layers} layers.")
-        self.tower = _load(config, shape) if load_weights else MODEL_MAPPING[type(shape)](shape)
+        self.tower: Any = _load(config, shape) if load_weights else _class(shape)(shape)
         self.patch, self.flexible = _side(shape.patch_size), _is_flexible(shape)
         self.hidden_size = shape.hidden_size
         self.grid = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
@@ -75,7 +75,7 @@ class HuggingFaceEncoder(VisionEncoder):
             prepared = _preprocessor(folder)
         if not getattr(shape, "patch_size", None) or not getattr(shape, "num_hidden_layers", None):
             raise ValueError(f"{config.name} ({shape.model_type}) is not a tower of square patches; try 'timm:NAME'.")
-        if hasattr(shape, "vision_use_head"):
+        if shape.model_type.startswith("siglip"):
             shape.vision_use_head = False
         side = isqrt(shape.num_patches) * _side(shape.patch_size) if _is_flexible(shape) else _side(shape.image_size)
         mean, std = NORMALISATION.get(shape.model_type, (None, None))
@@ -118,7 +118,7 @@ class HuggingFaceEncoder(VisionEncoder):
         return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _packed(self, tiles: int, device: torch.device) -> dict[str, Tensor]:
-        """What a flexible tower asks besides: no patch is padding, and every tile has our grid. Shapes stay on the CPU."""
+        """What a flexible tower asks besides: no patch is padding, and every tile has our grid (on the CPU)."""
         rows, cols = self.grid
         return {
             "pixel_attention_mask": torch.ones(tiles, rows * cols, dtype=torch.int64, device=device),
@@ -135,6 +135,10 @@ def _shape(config: VisionConfig) -> PreTrainedConfig:
     return CONFIG_MAPPING[kind](**options)
 
 
+def _class(shape: PreTrainedConfig) -> Any:
+    return MODEL_MAPPING[type(shape)]
+
+
 def _fields(shape: PreTrainedConfig) -> dict[str, Any]:
     """What is particular to this kind of tower, defaults included, so that a later default changes nothing."""
     common = PreTrainedConfig().to_dict().keys()
@@ -145,7 +149,7 @@ def _fields(shape: PreTrainedConfig) -> dict[str, Any]:
 def _load(config: VisionConfig, shape: PreTrainedConfig) -> nn.Module:
     """The tower with its published weights, in the default dtype."""
     folder = fetch(config.model, (WEIGHTS,), also=(CONFIG, *PREPROCESSOR.split("|"), *SHARDS), revision=config.revision)
-    tower, report = MODEL_MAPPING[type(shape)].from_pretrained(
+    tower, report = _class(shape).from_pretrained(
         folder, config=shape, dtype=torch.get_default_dtype(), output_loading_info=True
     )
     if missing := sorted(report["missing_keys"]):

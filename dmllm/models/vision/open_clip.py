@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmllm.hub import fetch, find
 from dmllm.models.vision.encoder import VisionConfig, VisionEncoder
@@ -20,6 +20,7 @@ try:
     import open_clip
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
     from open_clip.transform import PreprocessCfg
+    from open_clip.transformer import VisionTransformer
 except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises RuntimeError
     advice = "install it with: pip install open_clip_torch torchvision"
     raise ImportError(f"open_clip cannot be imported ({error}); {advice}") from error
@@ -32,7 +33,7 @@ class OpenClipEncoder(VisionEncoder):
 
     def __init__(self, config: VisionConfig, *, load_weights: bool):
         super().__init__(config)
-        tower = _load(config) if load_weights else _build_vision_tower(**config.options)
+        tower: Any = _load(config) if load_weights else _build_vision_tower(**config.options)
         self.layer = config.layer
         self.trunk = getattr(tower, "trunk", None) is not None
         if self.trunk:
@@ -42,14 +43,15 @@ class OpenClipEncoder(VisionEncoder):
             self.hidden_size, self.grid = prune(self.tower, config)
             return
         self.tower = tower
-        if not isinstance(tower, open_clip.transformer.VisionTransformer) or tower.attn_pool is not None:
+        if not isinstance(tower, VisionTransformer) or tower.attn_pool is not None:
             raise ValueError(f"{config.name} is not a plain vision transformer; try the same name under 'timm:'.")
         if -config.layer > (layers := len(tower.transformer.resblocks)):
             raise ValueError(f"vision layer={config.layer}: {config.name} has {layers} layers.")
         # open_clip norms the patches unless the norm follows the pooling
         self.norm = config.layer == -1 and not tower.final_ln_after_pool
         tower.prune_intermediate_layers([layers + config.layer], prune_norm=not self.norm, prune_head=True)
-        self.hidden_size, self.grid = tower.transformer.width, tuple(tower.grid_size)
+        self.hidden_size = tower.transformer.width
+        self.grid = (tower.grid_size[0], tower.grid_size[1])
 
     @staticmethod
     def resolve(config: VisionConfig) -> VisionConfig:
@@ -95,7 +97,7 @@ class OpenClipEncoder(VisionEncoder):
         self.tower.set_grad_checkpointing(enable)
 
 
-def _load(config: VisionConfig) -> nn.Module:
+def _load(config: VisionConfig) -> Any:
     """The image tower with the weights that the name's tag stands for."""
     name, _, tag = config.model.partition("/")
     if not tag:

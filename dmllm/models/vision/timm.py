@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmllm.hub import fetch, find
 from dmllm.models.vision.encoder import VisionConfig, VisionEncoder
@@ -28,7 +28,7 @@ class TimmEncoder(VisionEncoder):
 
     def __init__(self, config: VisionConfig, *, load_weights: bool):
         super().__init__(config)
-        self.tower = create(config, load_weights)
+        self.tower: Any = create(config, load_weights)
         self.layer = config.layer
         self.hidden_size, self.grid = prune(self.tower, config)
 
@@ -64,7 +64,7 @@ class TimmEncoder(VisionEncoder):
             ) from None
 
 
-def create(config: VisionConfig, load_weights: bool) -> nn.Module:
+def create(config: VisionConfig, load_weights: bool) -> Any:
     """The timm model at its input size, with published weights or random ones."""
     published = _published(config.model)
     arguments: dict[str, Any] = dict(config.options)
@@ -81,13 +81,13 @@ def create(config: VisionConfig, load_weights: bool) -> nn.Module:
         raise ValueError(f"timm refuses options={config.options} for {config.model!r}: {error}.") from None
 
 
-def prune(tower: nn.Module, config: VisionConfig) -> tuple[int, tuple[int, int]]:
+def prune(tower: Any, config: VisionConfig) -> tuple[int, tuple[int, int]]:
     """Remove what comes after `config.layer`; the width of that layer and its (rows, cols)."""
     levels = tower.feature_info if isinstance(tower.feature_info, list) else tower.feature_info.info
     if -config.layer > len(levels):
         raise ValueError(f"vision layer={config.layer}: {config.model} has {len(levels)}; use -{len(levels)} .. -1.")
     level = levels[config.layer]
-    rows, cols = (-(-side // level["reduction"]) for side in config.image_size or ())
+    rows, cols = (-(-side // level["reduction"]) for side in config.size)
     if hasattr(tower, "prune_intermediate_layers"):
         tower.prune_intermediate_layers([len(levels) + config.layer], prune_norm=config.layer < -1, prune_head=True)
     elif config.layer < -1:
@@ -95,7 +95,7 @@ def prune(tower: nn.Module, config: VisionConfig) -> tuple[int, tuple[int, int]]
     return (tower.num_features if config.layer == -1 else level["num_chs"]), (rows, cols)
 
 
-def patch_features(tower: nn.Module, pixels: Tensor, layer: int) -> Tensor:
+def patch_features(tower: Any, pixels: Tensor, layer: int) -> Tensor:
     """The last features of a pruned tower, prefix tokens dropped: [T, rows * cols, D]."""
     if layer < -1:
         return tower.forward_intermediates(pixels, indices=[-1], intermediates_only=True)[0].flatten(2).transpose(1, 2)
