@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from dmllm.types import Step
 
 PACKAGED = Path(__file__).parent / "assets"
 
@@ -22,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not arguments.passes_on:
         _parser().parse_args(argv)  # prints the usage and exits
     try:
-        arguments.run(arguments, rest)
+        return arguments.run(arguments, rest) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -30,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         print(f"dmllm {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def check(argv: Sequence[str]) -> None:
@@ -49,14 +52,21 @@ def chat(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     from dmllm.pipeline import load
 
-    decode = _decode_options(rest)
+    decode, words = _decode_options(rest)
+    if len(words) > 1 or (words and arguments.question):
+        raise ValueError(
+            f"{' '.join(words)!r} is not understood: write the question in one pair of quotes, options as --steps=8."
+        )
+    arguments.question = arguments.question or (words[0] if words else None)
     pipeline = load(arguments.model, device=arguments.device)
     images = [_example(path) for path in arguments.image]
     if arguments.question:
         _answer(pipeline, arguments.question, images, decode, arguments)
         return
     console = Console()
-    console.print(f"[bold]{arguments.model}[/] with {len(images)} image(s). /image PATH adds one, /new starts over, /quit ends.")
+    console.print(
+        f"[bold]{arguments.model}[/] with {len(images)} image(s). /image PATH adds one, /new starts over, /quit ends."
+    )
     messages: list[dict] = []
     while (line := _read_line(console)) is not None:
         if line.startswith("/image "):
@@ -82,10 +92,18 @@ def _answer(pipeline, question, images, decode: dict, arguments: argparse.Namesp
         return reply.text
     from dmllm.animation import play, save_gif
 
-    steps = list(pipeline.stream(question, images or None, **decode))
-    text = pipeline.text(steps[-1])
+    steps: list[Step] = []
+
+    def stream() -> Iterator[Step]:
+        for step in pipeline.stream(question, images or None, **decode):
+            steps.append(step)
+            yield step
+
     if arguments.show_steps:
-        play(steps, pipeline.token_texts, delay=arguments.delay)
+        play(stream(), pipeline.token_texts, delay=arguments.delay)
+    else:
+        list(stream())
+    text = pipeline.text(steps[-1])
     print(text)
     if arguments.gif:
         asked = question if isinstance(question, str) else question[-1]["content"][-1]["text"]
@@ -116,13 +134,11 @@ def info(arguments: argparse.Namespace, rest: list[str]) -> None:
     Console().print(sheet)
 
 
-def train(arguments: argparse.Namespace, rest: list[str]) -> None:
+def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train from a recipe."""
-    from dmllm.config import load_config
-    from dmllm.training.config import TrainConfig
-    from dmllm.training.loop import train as run
+    from dmllm.training.command import main as run
 
-    run(load_config(TrainConfig, arguments.recipe, rest))
+    return run([arguments.recipe, *rest])
 
 
 def evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -150,8 +166,9 @@ def data_make(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Write a built-in data set as LLaVA JSON and PNG."""
     from dmllm.data.builtin import make
 
-    options = {key: value for key, value in vars(arguments).items() if key in ("num", "seed", "split", "size")}
-    print(make(arguments.name, arguments.out, **{k: v for k, v in options.items() if v is not None}))
+    names = ("num", "seed", "split", "size", "turns", "reading", "characters", "kinds")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    print(make(arguments.name, arguments.out, **options))
 
 
 def data_check(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -171,22 +188,26 @@ def tokenizer_train(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Train a byte-level BPE on texts."""
     from dmllm.checkpoints.tokenizer import train_tokenizer
 
-    print(train_tokenizer(arguments.files, vocab_size=arguments.vocab_size, out=arguments.out, isolate=arguments.isolate))
+    print(
+        train_tokenizer(arguments.files, vocab_size=arguments.vocab_size, out=arguments.out, isolate=arguments.isolate)
+    )
 
 
-def _decode_options(rest: list[str]) -> dict:
-    """`--steps=8 --threshold 0.9` as a mapping of values; DecodeConfig judges the names."""
+def _decode_options(rest: list[str]) -> tuple[dict, list[str]]:
+    """`--steps=8 --threshold 0.9 question` as (values by name, other words); DecodeConfig judges the names."""
     options: dict = {}
+    others: list[str] = []
     words = iter(rest)
     for word in words:
         if not word.startswith("--"):
-            raise ValueError(f"{word!r} is not understood; options are written --steps=8, and a question in one pair of quotes.")
+            others.append(word)
+            continue
         name, given, value = word[2:].partition("=")
         value = value if given else next(words, None)
         if value is None:
             raise ValueError(f"--{name} needs a value, e.g. --{name}=8.")
         options[name.replace("-", "_")] = yaml.safe_load(value)
-    return options
+    return options, others
 
 
 def _example(path: str) -> str:
@@ -225,7 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("suite", help="a suite YAML such as eval/suites/scenes.yaml; --a.b=c overrides it")
     p.add_argument("--model", required=True)
     p.add_argument("--out", help="folder for predictions, results and report")
-    p.add_argument("--against", action="append", default=[], help="folder of an earlier evaluation to show beside; may be repeated")
+    p.add_argument(
+        "--against", action="append", default=[], help="folder of an earlier evaluation to show beside; may be repeated"
+    )
     p.add_argument("--run", dest="run_folder", help="folder of the training run whose loss curve the report shows")
     p.add_argument("--device")
 
@@ -237,6 +260,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=["train", "val", "test"], default="train")
     p.add_argument("--size", type=int, help="side of the pictures in pixels")
+    p.add_argument("--turns", type=int, help="questions a picture")
+    p.add_argument("--reading", type=float, help="scenes: share of pictures with characters")
+    p.add_argument("--characters", action="store_true", default=None, help="scenes: also ask about single characters")
+    p.add_argument("--kinds", nargs="+", help="scenes: only these kinds of questions, e.g. relation exist")
     p = command("check", data_check, under=data)
     p.add_argument("config", help="a data YAML: datasets: [...]")
     p.add_argument("--model", help="count tokens with this checkpoint's processor")

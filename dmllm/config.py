@@ -108,27 +108,30 @@ def refuse_unknown(keys: list[str], known: set[str] | None, where: str) -> None:
 
 
 def keys_of(cls: type, prefix: str = "") -> set[str]:
-    """Every dotted key of a configuration class; 'a.*' stands for anything below an open mapping or a list."""
+    """Every dotted key of a configuration class; 'a.*' stands for anything below an open mapping or list."""
     keys: set[str] = set()
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"
         keys.add(name)
         for part in _members(hints[field.name]):
-            if dataclasses.is_dataclass(part):
-                keys |= keys_of(part, f"{name}.")  # type: ignore[arg-type]
+            items = [a for a in typing.get_args(part) if dataclasses.is_dataclass(a)]  # of a list of dataclasses
+            if dataclasses.is_dataclass(part) or items:
+                for nested in items or [part]:
+                    keys |= keys_of(nested, f"{name}.")  # type: ignore[arg-type]
             elif (typing.get_origin(part) or part) in (dict, list, tuple, Any):
                 keys.add(f"{name}.*")
     return keys
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of a nested mapping, parents included."""
+    """The dotted keys of a nested mapping, parents included; the entries of a list share their list's key."""
     keys: list[str] = []
     for key, value in values.items():
         keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += flatten(value, f"{prefix}{key}.")
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                keys += flatten(part, f"{prefix}{key}.")
     return keys
 
 

@@ -189,7 +189,9 @@ class MultimodalModel(PreTrainedModel):
             nn.init.normal_(self.row_break, std=self.backbone.config.initializer_range)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing at construction: `initialise` is called by who builds from scratch, and loading fills the rest."""
+        """Only what no file holds: tables that timm computes. `initialise` makes the weights of a model from scratch."""
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
 
 
 def gather_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:

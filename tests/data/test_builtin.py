@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dmllm.data import builtin
-from dmllm.data.builtin import scenes, writing
+from dmllm.data.builtin import reading, scenes, writing
 
 pytest.importorskip("sklearn")
 
@@ -41,7 +41,8 @@ def turns_of(record: dict) -> list[tuple[str, str, str]]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("builtin")
-    return {name: builtin.make(name, base / name, num=PICTURES, workers=2) for name in builtin.NAMES}
+    options = {"scenes": {"characters": True}, "digits": {}}
+    return {name: builtin.make(name, base / name, num=PICTURES, workers=2, **options[name]) for name in builtin.NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,38 @@ def matching(phrase: re.Match, objects: list[dict]) -> list[dict]:
     ]
 
 
-def oracle_scenes(kind: str, question: str, truth: dict) -> str:
+def oracle_reading(kind: str, question: str, truth: dict) -> str:
+    lines = truth["lines"]
+    text = "".join(lines)
     if kind == "reading":
-        return " ".join(truth["lines"])
+        return " ".join(lines)
+    if kind == "count":
+        wanted = {"digits": str.isdigit, "letters": str.isalpha, "characters": str.isalnum}
+        return str(sum(map(wanted[re.search("digits|letters|characters", question).group()], text)))
+    named = re.findall(r"\b[A-Z0-9]\b", question)
+    if kind == "exist":
+        return "yes" if named[0] in text else "no"
+    assert all(text.count(character) == 1 for character in named), f"ambiguous: {question} {lines}"
+    shown = {
+        (row, column): character
+        for line, (row, first) in zip(lines, truth["cells"], strict=True)
+        for column, character in enumerate(line, start=first)
+    }
+    row, column = next(cell for cell, character in shown.items() if character == named[-1])
+    word = re.search("directly (left of|right of|above|below)", question).group(1)
+    if word in ("above", "below"):
+        row = next(other for other, _ in truth["cells"] if (other > row if word == "below" else other < row))
+    found = shown.get((row, column + {"left of": -1, "right of": 1}.get(word, 0)))
+    if kind == "relation":
+        return "yes" if found == named[0] else "no"
+    assert found.isdigit() or "digit" not in question
+    assert found.isalpha() or "letter" not in question
+    return found
+
+
+def oracle_scenes(kind: str, question: str, truth: dict) -> str:
+    if truth["picture"] == "reading":
+        return oracle_reading(kind, question, truth)
     objects, question = truth["objects"], question.lower()
     if kind == "caption":
         ordered = sorted(objects, key=lambda thing: thing["center"][0])
@@ -176,6 +206,48 @@ def test_other_sizes_and_options(tmp_path):
         assert image.size == (128, 128)
 
 
+def test_a_reading_picture_has_as_many_turns_and_the_whole_text_last(made, tmp_path):
+    records, truths = made["scenes"]
+    shown = [record for record, truth in zip(records, truths, strict=True) if truth["picture"] == "reading"]
+    assert 0.15 < len(shown) / PICTURES < 0.21
+    asked = [[kind for kind, _, _ in turns_of(record)] for record in shown]
+    assert all(kinds.index("reading") == len(kinds) - 1 for kinds in asked)
+    assert max(map(len, asked)) == 8
+    assert sum(map(len, asked)) > 7.9 * len(asked)  # few texts have no two neighbours that occur once
+    few, _ = read(builtin.make("scenes", tmp_path / "few", num=20, reading=1.0))
+    assert {kind for record in few for kind, _, _ in turns_of(record)} == {"reading"}
+
+
+def test_ten_turns_ask_on_average_two_questions_of_every_kind_no_two_alike(tmp_path):
+    records, truths = read(builtin.make("digits", tmp_path / "ten", num=PICTURES, turns=10, workers=2))
+    asked, answers = Counter(), Counter()
+    for record, truth in zip(records, truths, strict=True):
+        kinds, topics = Counter(), defaultdict(set)
+        for kind, question, answer in turns_of(record):
+            assert oracle_digits(kind, question, truth) == answer
+            kinds[kind] += 1
+            topics[kind].add(str(re.findall(r"\d|left|right|above|below|top row|bottom row", question)))
+            answers[answer] += 1
+        texts = [question.removeprefix("<image>\n").lower().rstrip(".?") for _, question, _ in turns_of(record)]
+        assert len(set(texts)) == len(texts)
+        asked += kinds
+        if min(len(row) for row in truth["rows"]) == 3:  # enough digits to ask of
+            assert kinds["exist"] == len(topics["exist"]), texts
+        if sorted(len(row) for row in truth["rows"]) == [1, 2]:
+            assert min(kinds["sum"], 2) == len(topics["sum"]), texts
+    assert all(abs(number / PICTURES - 2) < 0.15 for number in asked.values()), asked
+    assert 0.47 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.53
+
+
+def test_a_sum_has_two_or_three_digits(made):
+    for record, truth in zip(*made["digits"], strict=True):
+        lengths = [len(row) for row in truth["rows"]]
+        for kind, question, _ in turns_of(record):
+            if kind == "sum":
+                place = re.search("top|bottom", question)
+                assert ({"top": lengths[0], "bottom": lengths[-1]}[place.group()] if place else sum(lengths)) in (2, 3)
+
+
 # Pictures
 
 
@@ -199,6 +271,16 @@ def test_scans_do_not_overlap(made):
             assert max(right, bottom) <= 64
             covered[top:bottom, left:right] += 1
         assert covered.max() == 1
+
+
+def test_characters_are_painted_in_the_cells_of_the_truth():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        lines = reading.place(rng, reading.draw_texts(rng))
+        ink = reading.paint(rng, lines, np.zeros((64, 64, 3), np.float32), np.full(3, 220, np.float32)).max(2)
+        painted = ink.reshape(reading.ROWS, 16, reading.COLUMNS, 8).max((1, 3)) > 60
+        cells = {(line.row, line.column + place) for line in lines for place in range(len(line.text))}
+        assert set(zip(*np.nonzero(painted), strict=True)) == cells
 
 
 def test_pixels_show_the_colours_of_the_truth(folders, made):
@@ -247,22 +329,24 @@ def test_splits_of_digits_share_no_scan(made, tmp_path):
 
 CHANCE = {
     "scenes": {"color": 1 / 8, "shape": 1 / 6, "size": 1 / 2, "count": 0.225, "exist": 1 / 2, "relation": 1 / 2}
-    | {"compare": 1 / 2, "position": 1 / 9, "caption": 0.01, "reading": 0.0},
+    | {"compare": 1 / 2, "position": 1 / 9, "caption": 0.01, "neighbor": 0.05, "reading": 0.0},
     "digits": {"neighbor": 1 / 10, "count": 1 / 6, "exist": 1 / 2, "sum": 0.075, "read": 0.04},
 }
 
 
 @pytest.mark.parametrize("name", builtin.NAMES)
 def test_answers_are_balanced(made, name):
-    answers = defaultdict(Counter)
-    for record in made[name][0]:
+    answers, asked = defaultdict(Counter), defaultdict(Counter)
+    for record, truth in zip(*made[name], strict=True):
         for kind, _, answer in turns_of(record):
             answers[kind][answer] += 1
+            asked[truth["picture"]][kind] += kind != "reading"
     for kind, counts in answers.items():
         if set(counts) in ({"yes", "no"}, {"small", "large"}):
             assert 0.47 < max(counts.values()) / counts.total() < 0.53, kind
-    asked = [counts.total() for kind, counts in answers.items() if kind != "reading"]
-    assert max(asked) < 1.1 * min(asked)
+    for counts in asked.values():
+        numbers = (+counts).values()
+        assert max(numbers) < 1.1 * min(numbers), counts
 
 
 @pytest.mark.parametrize("name", builtin.NAMES)
@@ -336,4 +420,4 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_descriptions_name_the_kinds():
     assert "caption" in builtin.describe("scenes")
-    assert "neighbor" in builtin.describe("digits")
+    assert all("neighbor" in builtin.describe(name) for name in builtin.NAMES)

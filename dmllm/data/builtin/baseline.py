@@ -1,8 +1,8 @@
 """What can be answered without looking: the accuracy of guessing from the wording of a question alone.
 
 A guesser learns, from half of the records, the most frequent answer to each question template (the question with
-colours, shapes, sizes and digits blanked out), and is scored on the other half; then the halves change roles. An
-accuracy measured on the answers that were learned from would flatter rare templates.
+colours, shapes, sizes and single characters blanked out), and is scored on the other half; then the halves change
+roles. An accuracy measured on the answers that were learned from would flatter rare templates.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 
 from dmllm.data.builtin.questions import WORDS
 
+_CHARACTER = re.compile(r"\b[A-Z]\b")
 _SLOTS = [
     *((re.compile(rf"\b(?:{'|'.join(words)})(?:e?s)?\b"), f"[{name}]") for name, words in WORDS.items()),
     (re.compile(r"\d"), "[digit]"),
@@ -20,7 +21,7 @@ _SLOTS = [
 
 def template_of(question: str) -> str:
     """The question without the image marker, in lower case, its words of content blanked out."""
-    text = question.replace("<image>", "").strip().lower()
+    text = _CHARACTER.sub("[character]", question.replace("<image>", "").strip()).lower()
     for pattern, slot in _SLOTS:
         text = pattern.sub(slot, text)
     return text

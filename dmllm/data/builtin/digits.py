@@ -15,7 +15,19 @@ import numpy as np
 from PIL import Image
 
 from dmllm.data.builtin import drawing
-from dmllm.data.builtin.picture import Dataset, Picture, Turn, pick, sentence, shuffled, spread
+from dmllm.data.builtin.picture import (
+    COUNT,
+    EXIST,
+    NEIGHBOR,
+    Asked,
+    Dataset,
+    Picture,
+    Turn,
+    collect,
+    phrased,
+    pick,
+    spread,
+)
 
 try:
     from sklearn.datasets import load_digits
@@ -29,14 +41,12 @@ SCAN_SIDES = tuple(side / 64 for side in range(16, 25))
 # The scans of one row stand this far above or below its middle at most, so that rows are told apart.
 JITTER = 3 / 64
 
-Asked = tuple[str, str] | None
-
 
 @dataclass(frozen=True, kw_only=True)
 class DigitOptions:
     """What may be chosen about `digits`."""
 
-    # Questions a picture, on average.
+    # Questions a picture, on average; with 10, two of each kind, about different things where there are two.
     turns: int = 5
 
     def __post_init__(self) -> None:
@@ -146,7 +156,7 @@ def paint(rng: np.random.Generator, rows: Rows, canvas: np.ndarray, *, dark: boo
 # Questions
 
 
-def ask_neighbor(rng: np.random.Generator, rows: Rows) -> Asked:
+def ask_neighbor(rng: np.random.Generator, rows: Rows) -> Asked | None:
     """Which digit is next to a digit that occurs once; above and below only in rows of one length, in line."""
     shown = [scan.digit for row in rows for scan in row]
     found = []
@@ -161,33 +171,21 @@ def ask_neighbor(rng: np.random.Generator, rows: Rows) -> Asked:
     if not found:
         return None
     word, known, answer = pick(rng, found)
-    templates = (
-        "which digit is directly {} the {}?",
-        "what digit comes directly {} the {}?",
-        "which digit do you see directly {} the {}?",
-    )
-    return sentence(rng, templates, word, str(known)), str(answer)
+    return phrased(rng, NEIGHBOR, "digit", word, str(known), answer=str(answer))
 
 
 def ask_count(rng: np.random.Generator, rows: Rows) -> Asked:
-    templates = (
-        "how many digits are there?",
-        "how many digits are in the picture?",
-        "how many digits do you see?",
-        "count the digits.",
-    )
-    return sentence(rng, templates), str(sum(len(row) for row in rows))
+    return phrased(rng, COUNT, "digits", answer=str(sum(len(row) for row in rows)))
 
 
 def ask_exist(rng: np.random.Generator, rows: Rows) -> Asked:
     shown, yes = {scan.digit for row in rows for scan in row}, rng.random() < 0.5
     digit = pick(rng, [digit for digit in range(10) if (digit in shown) == yes])
     phrase = f"{'an' if digit == 8 else 'a'} {digit}"
-    templates = ("is there {}?", "do you see {}?", "does the picture show {}?", "is there {} in the picture?")
-    return sentence(rng, templates, phrase), "yes" if yes else "no"
+    return phrased(rng, EXIST, phrase, answer="yes" if yes else "no")
 
 
-def ask_sum(rng: np.random.Generator, rows: Rows) -> Asked:
+def ask_sum(rng: np.random.Generator, rows: Rows) -> Asked | None:
     """The sum of two or three digits: all of them, or those of one row."""
     sums = [(" in the picture", [scan for row in rows for scan in row])]
     if len(rows) == 2:
@@ -197,13 +195,18 @@ def ask_sum(rng: np.random.Generator, rows: Rows) -> Asked:
         return None
     place, chosen = pick(rng, sums)
     templates = ("what is the sum of the digits{}?", "what do the digits{} add up to?", "add up the digits{}.")
-    return sentence(rng, templates, place), str(sum(scan.digit for scan in chosen))
+    return phrased(rng, templates, place, answer=str(sum(scan.digit for scan in chosen)))
 
 
 def ask_read(rng: np.random.Generator, rows: Rows) -> Asked:
     """All digits, rows joined by one space."""
-    templates = ("read the digits.", "which digits are shown, in order?", "transcribe all digits.")
-    return sentence(rng, templates), " ".join("".join(str(scan.digit) for scan in row) for row in rows)
+    templates = (
+        "read the digits.",
+        "which digits are shown, in order?",
+        "transcribe all digits.",
+        "which digits do you see?",
+    )
+    return phrased(rng, templates, answer=" ".join("".join(str(scan.digit) for scan in row) for row in rows))
 
 
 FORMS = {"neighbor": ask_neighbor, "count": ask_count, "exist": ask_exist, "sum": ask_sum, "read": ask_read}
@@ -226,14 +229,7 @@ def form_rates(rows: Rows, turns: int) -> dict[str, float]:
 
 def ask(rng: np.random.Generator, rows: Rows, turns: int) -> tuple[Turn, ...]:
     """The picture's questions, no two alike."""
-    asked: dict[str, Turn] = {}
-    for kind in spread(rng, form_rates(rows, turns)):
-        for _ in range(4):
-            question, answer = FORMS[kind](rng, rows) or ("", "")
-            if question and question.lower() not in asked:
-                asked[question.lower()] = Turn(kind=kind, question=question, answer=answer)
-                break
-    return tuple(shuffled(rng, list(asked.values())))
+    return tuple(collect(rng, rows, [(kind, FORMS[kind]) for kind in spread(rng, form_rates(rows, turns))]))
 
 
 DATASET = Dataset(

@@ -9,15 +9,35 @@ Splits are disjoint by construction: what a picture shows decides where it belon
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 
 SPLITS = ("train", "val", "test")
+# Draws that look for something new to ask, and as many again that are content with new words.
+ATTEMPTS = 8
+
+# Wordings that several kinds of pictures share.
+COUNT = ("how many {} are there?", "how many {} are in the picture?", "how many {} do you see?", "count the {}.")
+EXIST = ("is there {}?", "do you see {}?", "does the picture show {}?", "is there {} in the picture?")
+RELATION = ("is {} {} {}?", "is {} placed {} {}?", "would you say that {} is {} {}?")
+NEIGHBOR = (
+    "which {} is directly {} the {}?",
+    "what {} comes directly {} the {}?",
+    "which {} do you see directly {} the {}?",
+)
+
+
+class Asked(NamedTuple):
+    """A question, its answer, and the words that say what is asked however it is phrased."""
+
+    question: str
+    answer: str
+    about: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +109,38 @@ def sentence(rng: np.random.Generator, templates: Sequence[str], *words: str) ->
     text = pick(rng, templates).format(*words)
     text = text[0].upper() + text[1:] if rng.random() < 0.3 else text
     return text[:-1] if rng.random() < 0.1 else text
+
+
+def phrased(rng: np.random.Generator, templates: Sequence[str], *words: str, answer: str) -> Asked:
+    """The question that `sentence` makes of the paraphrases and the words, with its answer."""
+    return Asked(sentence(rng, templates, *words), answer, words)
+
+
+def collect(
+    rng: np.random.Generator, shown: T, forms: Iterable[tuple[str, Callable[[np.random.Generator, T], Asked | None]]]
+) -> list[Turn]:
+    """A turn for each (kind, form) that can be asked of what is shown, no two alike.
+
+    The same is asked again only in other words, and only where nothing new was found.
+    """
+    turns: dict[str, Turn] = {}
+    topics: set[tuple[str, ...]] = set()
+    for kind, form in forms:
+        first: Asked | None = None
+        for attempt in range(2 * ATTEMPTS):
+            asked = form(rng, shown)
+            if asked is None:
+                continue
+            first = first or asked
+            # What is asked instead keeps the first draw's yes or no: there is less to ask with a yes.
+            if {first.answer, asked.answer} == {"yes", "no"}:
+                continue
+            wording, topic = asked.question.lower().rstrip(".?"), (kind, *asked.about)
+            if wording not in turns and (topic not in topics or attempt >= ATTEMPTS):
+                turns[wording] = Turn(kind=kind, question=asked.question, answer=asked.answer)
+                topics.add(topic)
+                break
+    return list(turns.values())
 
 
 def noun_phrase(article: str, words: str) -> str:

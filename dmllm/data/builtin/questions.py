@@ -1,4 +1,4 @@
-"""Questions about a scene of objects, one function a form: `(rng, scene) -> (question, answer)` or None.
+"""Questions about a scene of objects, one function a form: `(rng, scene) -> Asked` or None.
 
 None means that this scene cannot be asked that. Where an answer is yes or no, it is drawn first and both must be
 possible; objects are named by attributes that no other object of the picture shares.
@@ -10,7 +10,19 @@ from itertools import combinations
 
 import numpy as np
 
-from dmllm.data.builtin.picture import Turn, noun_phrase, pick, sentence, shuffled, spread
+from dmllm.data.builtin.picture import (
+    COUNT,
+    EXIST,
+    RELATION,
+    Asked,
+    Turn,
+    collect,
+    noun_phrase,
+    phrased,
+    pick,
+    shuffled,
+    spread,
+)
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
@@ -22,8 +34,6 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 OFFSET = 5 / 64
 # Centres closer than this share of the side to a line of the 3 x 3 grid have no unambiguous position.
 GRID_MARGIN = 2.5 / 64
-
-Asked = tuple[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +98,7 @@ def outermost(rng: np.random.Generator, scene: Scene) -> tuple[str, Thing] | Non
 # Attributes
 
 
-def _attribute(rng: np.random.Generator, scene: Scene, attribute: str, templates: tuple[str, ...]) -> Asked:
+def _attribute(rng: np.random.Generator, scene: Scene, attribute: str, templates: tuple[str, ...]) -> Asked | None:
     if attribute != "size" and rng.random() < 0.25 and (named := outermost(rng, scene)):
         name, thing = named
     else:
@@ -96,10 +106,10 @@ def _attribute(rng: np.random.Generator, scene: Scene, attribute: str, templates
         if not named:
             return None
         name, thing = pick(rng, named)
-    return sentence(rng, templates, name), getattr(thing, attribute)
+    return phrased(rng, templates, name, answer=getattr(thing, attribute))
 
 
-def ask_color(rng: np.random.Generator, scene: Scene) -> Asked:
+def ask_color(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return _attribute(
         rng,
         scene,
@@ -108,13 +118,13 @@ def ask_color(rng: np.random.Generator, scene: Scene) -> Asked:
     )
 
 
-def ask_shape(rng: np.random.Generator, scene: Scene) -> Asked:
+def ask_shape(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return _attribute(
         rng, scene, "shape", ("what shape is {}?", "what is the shape of {}?", "which shape does {} have?")
     )
 
 
-def ask_size(rng: np.random.Generator, scene: Scene) -> Asked:
+def ask_size(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return _attribute(
         rng, scene, "size", ("what size is {}?", "is {} small or large?", "how big is {}, small or large?")
     )
@@ -125,23 +135,17 @@ def ask_size(rng: np.random.Generator, scene: Scene) -> Asked:
 
 def ask_count(rng: np.random.Generator, scene: Scene) -> Asked:
     """How many objects in all."""
-    templates = (
-        "how many objects are there?",
-        "how many objects are in the picture?",
-        "how many objects do you see?",
-        "count the objects.",
-    )
-    return sentence(rng, templates), str(len(scene.things))
+    return phrased(rng, COUNT, "objects", answer=str(len(scene.things)))
 
 
-def ask_count_of(rng: np.random.Generator, scene: Scene) -> Asked:
+def ask_count_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
     """How many objects show the counted word: the only word whose count is uniform over 0..4."""
     if scene.counted is None:
         return None
     attribute, word = scene.counted
     noun = plural(words_of(**{attribute: word}))
     templates = ("how many {} are there?", "how many {} are in the picture?", "count the {}.")
-    return sentence(rng, templates, noun), str(sum(getattr(thing, attribute) == word for thing in scene.things))
+    return phrased(rng, templates, noun, answer=str(sum(getattr(thing, attribute) == word for thing in scene.things)))
 
 
 # Yes or no
@@ -161,8 +165,7 @@ def ask_exist(rng: np.random.Generator, scene: Scene) -> Asked:
         absent = [part for part in recombined if part not in present] or _absent(rng, attributes, present, near=mix)
         words = pick(rng, absent)
     noun = noun_phrase("a", words_of(**dict(zip(attributes, words, strict=True))))
-    templates = ("is there {}?", "do you see {}?", "does the picture show {}?", "is there {} in the picture?")
-    return sentence(rng, templates, noun), "yes" if yes else "no"
+    return phrased(rng, EXIST, noun, answer="yes" if yes else "no")
 
 
 def _absent(
@@ -178,7 +181,7 @@ def _absent(
             return [tuple(words)]
 
 
-def ask_relation(rng: np.random.Generator, scene: Scene) -> Asked:
+def ask_relation(rng: np.random.Generator, scene: Scene) -> Asked | None:
     """Is one object left of, right of, above or below another? Both are there; which comes first decides."""
     if len(scene.things) < 2:
         return None
@@ -190,9 +193,8 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> Asked:
     word, yes = pick(rng, (before, after)), rng.random() < 0.5
     if yes == (word == after):
         first, second = second, first
-    templates = ("is {} {} {}?", "is {} placed {} {}?", "would you say that {} is {} {}?")
     names = name_of(rng, scene, first), word, name_of(rng, scene, second)
-    return sentence(rng, templates, *names), "yes" if yes else "no"
+    return phrased(rng, RELATION, *names, answer="yes" if yes else "no")
 
 
 def ask_compare(rng: np.random.Generator, scene: Scene) -> Asked:
@@ -204,8 +206,7 @@ def ask_compare(rng: np.random.Generator, scene: Scene) -> Asked:
         if less and more:
             word = pick(rng, ("larger", "smaller"))
             first, second = (more, less) if yes == (word == "larger") else (less, more)
-            question = sentence(rng, ("is {} {} than {}?",), first, word, second)
-            return question, "yes" if yes else "no"
+            return phrased(rng, ("is {} {} than {}?",), first, word, second, answer="yes" if yes else "no")
     attribute = pick(rng, ("shape", "color"))
     shown = [getattr(thing, attribute) for thing in scene.things]
     more = pick(rng, shown)
@@ -216,7 +217,7 @@ def ask_compare(rng: np.random.Generator, scene: Scene) -> Asked:
     first, second = (more, less) if yes == (word == "more") else (less, more)
     nouns = (plural(words_of(**{attribute: name})) for name in (first, second))
     templates = ("are there {} {} than {}?", "does the picture show {} {} than {}?")
-    return sentence(rng, templates, word, *nouns), "yes" if yes else "no"
+    return phrased(rng, templates, word, *nouns, answer="yes" if yes else "no")
 
 
 # Where, and everything
@@ -230,13 +231,13 @@ def grid_name(x: float, y: float, side: float) -> str | None:
     return f"{ROWS[int(y * 3 / side)]} {COLUMNS[int(x * 3 / side)]}".strip() or "center"
 
 
-def ask_position(rng: np.random.Generator, scene: Scene) -> Asked:
+def ask_position(rng: np.random.Generator, scene: Scene) -> Asked | None:
     clear = [(thing, name) for thing in scene.things if (name := grid_name(thing.x, thing.y, scene.side))]
     if not clear:
         return None
     thing, answer = pick(rng, clear)
     templates = ("where is {}?", "in which part of the picture is {}?", "where in the picture do you see {}?")
-    return sentence(rng, templates, name_of(rng, scene, thing)), answer
+    return phrased(rng, templates, name_of(rng, scene, thing), answer=answer)
 
 
 def ask_caption(rng: np.random.Generator, scene: Scene) -> Asked:
@@ -252,10 +253,10 @@ def ask_caption(rng: np.random.Generator, scene: Scene) -> Asked:
         "list the objects from left to right.",
         "caption this picture from left to right.",
     )
-    return sentence(rng, templates), answer
+    return phrased(rng, templates, answer=answer)
 
 
-FORMS: dict[str, tuple[str, Callable[[np.random.Generator, Scene], Asked]]] = {
+FORMS: dict[str, tuple[str, Callable[[np.random.Generator, Scene], Asked | None]]] = {
     "color": ("color", ask_color),
     "shape": ("shape", ask_shape),
     "size": ("size", ask_size),
@@ -286,12 +287,5 @@ def form_rates(scene: Scene, turns: int) -> dict[str, float]:
 
 def ask(rng: np.random.Generator, scene: Scene, turns: int) -> tuple[Turn, ...]:
     """The scene's questions, no two alike; a caption, which gives much away, comes last."""
-    asked: dict[str, Turn] = {}
-    for form in spread(rng, form_rates(scene, turns)):
-        kind, function = FORMS[form]
-        for _ in range(4):
-            question, answer = function(rng, scene) or ("", "")
-            if question and question.lower() not in asked:
-                asked[question.lower()] = Turn(kind=kind, question=question, answer=answer)
-                break
-    return tuple(sorted(asked.values(), key=lambda turn: turn.kind == "caption"))
+    asked = collect(rng, scene, [FORMS[form] for form in spread(rng, form_rates(scene, turns))])
+    return tuple(sorted(asked, key=lambda turn: turn.kind == "caption"))

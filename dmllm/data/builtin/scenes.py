@@ -9,7 +9,7 @@ for the number of objects (`FREE_NUMBER`).
 Lengths are fractions of the picture's side where they are constants and pixels in a `Thing`; y grows downwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ DIAMETERS = {"small": (11 / 64, 12 / 64, 13 / 64), "large": (18 / 64, 19 / 64, 2
 GAP = 1 / 64
 # P(number of objects = 1..4) in the scenes that count nothing, so that over all scenes it is uniform.
 FREE_NUMBER = (0.4, 1 / 3, 7 / 30, 1 / 30)
+KINDS = (*dict.fromkeys([*(kind for kind, _ in questions.FORMS.values()), *reading.FORMS]), "reading")
 # Two descriptions that fall into the same cells of this grid belong to the same split.
 SPLIT_GRID = 16
 
@@ -44,12 +45,18 @@ SPLIT_GRID = 16
 class SceneOptions:
     """What may be chosen about `scenes`."""
 
-    # Questions about a picture of objects, on average.
+    # Questions a picture, on average.
     turns: int = 8
-    # Share of the pictures that show characters to read instead of objects; they have one question each.
+    # Share of the pictures that show characters to read instead of objects.
     reading: float = 0.18
+    # Ask about single characters of the reading pictures too: is there a K, which is left of it, how many digits.
+    characters: bool = False
+    # Keep only questions of these kinds, e.g. ["relation"]; none: all kinds.
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise ValueError(f"kinds={unknown} are not asked of scenes; known are: {', '.join(KINDS)}.")
         if self.turns < 1:
             raise ValueError(f"turns={self.turns}: a picture needs at least one question; try turns=8.")
         if not 0 <= self.reading <= 1:
@@ -57,9 +64,17 @@ class SceneOptions:
 
 
 def compose(rng: np.random.Generator, split: str, size: int, options: SceneOptions) -> Picture:
-    """One picture of `split`, `size` pixels wide and high."""
+    """One picture of `split`, `size` pixels wide and high, with at least one question."""
+    while True:
+        picture = _compose(rng, split, size, options)
+        turns = tuple(turn for turn in picture.turns if not options.kinds or turn.kind in options.kinds)
+        if turns:
+            return replace(picture, turns=turns)
+
+
+def _compose(rng: np.random.Generator, split: str, size: int, options: SceneOptions) -> Picture:
     if rng.random() < options.reading:
-        return reading.compose(rng, split, size)
+        return reading.compose(rng, split, size, options.turns if options.characters else 1)
     scene = draw_scene(rng, size)
     while split_of(canonical(scene)) != split:
         scene = draw_scene(rng, size)
@@ -200,10 +215,10 @@ def paint(rng: np.random.Generator, scene: Scene, canvas: np.ndarray) -> np.ndar
 DATASET = Dataset(
     description=(
         f"Rendered pictures of 1 to {MAX_OBJECTS} objects ({', '.join(SHAPES)}; {', '.join(COLORS)}; "
-        f"{' or '.join(SIZES)}) on varied backgrounds, with questions about them, and pictures of 8 to 16 "
-        "characters to read."
+        f"{' or '.join(SIZES)}) on varied backgrounds, and pictures of 8 to 16 characters to read and to find, with "
+        "questions about them."
     ),
-    kinds=(*dict.fromkeys(kind for kind, _ in questions.FORMS.values()), "reading"),
+    kinds=KINDS,
     options=SceneOptions,
     compose=compose,
 )

@@ -25,7 +25,7 @@ from dmllm.data.builtin.drawing import png
 from dmllm.data.builtin.picture import Dataset, Picture, keyed_generator
 
 # Raised whenever the same arguments begin to give other pictures.
-VERSION = 1
+VERSION = 2
 PICTURES_A_FOLDER = 1000
 PICTURES_A_CHUNK = 100
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dmllm.nn.cache import KVCache
 from dmllm.nn.norms import RMSNorm
+from dmllm.nn.ragged import Ragged, ragged
 from dmllm.nn.rope import rotary_tables, rotate
 from dmllm.nn.visibility import Visibility
 
@@ -52,8 +53,9 @@ class TransformerConfig:
     """Biases on the query, key and value projections (Qwen2, Dream)."""
     tie_word_embeddings: bool = False
     """One matrix for the embedding and the vocabulary projection."""
-    attention: str = "dense"
-    """"dense": SDPA with a boolean mask. "flex": flex attention, compiled, which skips unseen blocks (GPU)."""
+    attention: str = "auto"
+    """How the same mask is computed. dense: SDPA with a boolean mask. ragged: document by document, without padding.
+    flex: flex attention, compiled, which skips unseen blocks (GPU). auto: ragged on a CPU, dense elsewhere."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; output projections are further divided by sqrt(2 * layers)."""
 
@@ -68,8 +70,8 @@ class TransformerConfig:
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 "set head_dim, or change one of them."
             )
-        if self.attention not in ("dense", "flex"):
-            raise ValueError(f"attention={self.attention!r} is not one of: dense, flex.")
+        if self.attention not in ("auto", "dense", "ragged", "flex"):
+            raise ValueError(f"attention={self.attention!r} is not one of: auto, dense, ragged, flex.")
 
     @property
     def kv_heads(self) -> int:
@@ -97,7 +99,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int):
         super().__init__()
-        self.layer, self.flex = layer, config.attention == "flex"
+        self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_width
         width, bias = config.hidden_size, config.qkv_bias
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
@@ -117,7 +119,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         grouped = self.kv_heads != self.heads
-        if self.flex:
+        if isinstance(mask, Ragged):
+            mixed = mask.attend(q, k, v)
+        elif isinstance(mask, BlockMask):
             mixed = _flex(q, k, v, block_mask=mask, enable_gqa=grouped)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
@@ -187,10 +191,11 @@ class Transformer(nn.Module):
 
         `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
         """
-        context = None if cache is None else cache.visibility
-        mask = visibility.flex(context) if self.config.attention == "flex" else visibility.dense(context)
-        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta, embeds.dtype)
+        mask = self._mask(visibility, cache, embeds.device)
         x = embeds
+        if isinstance(mask, Ragged):
+            x, positions = mask.gather(embeds), mask.gather(positions)
+        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta, embeds.dtype)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
@@ -198,7 +203,16 @@ class Transformer(nn.Module):
                 x = block(x, rotary, mask, cache)
         if cache is not None:
             cache.finish(visibility)
-        return Output(self.norm(x), {})
+        x = self.norm(x)
+        return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, {})
+
+    def _mask(self, visibility: Visibility, cache: KVCache | None, device: torch.device) -> Tensor | BlockMask | Ragged:
+        """The rule in the form that this device computes best; rows behind a cache keep to the masked forms."""
+        form = self.config.attention
+        if cache is None and (form == "ragged" or (form == "auto" and device.type == "cpu")):
+            return ragged(visibility)
+        context = None if cache is None else cache.visibility
+        return visibility.flex(context) if form == "flex" else visibility.dense(context)
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmllm.hub import fetch, find
@@ -31,6 +32,7 @@ class TimmEncoder(VisionEncoder):
         self.tower: Any = create(config, load_weights)
         self.layer = config.layer
         self.hidden_size, self.grid = prune(self.tower, config)
+        self._fused = [m for m in self.tower.modules() if getattr(m, "fused_attn", False) is True]
 
     @staticmethod
     def resolve(config: VisionConfig) -> VisionConfig:
@@ -52,6 +54,9 @@ class TimmEncoder(VisionEncoder):
 
     def features(self, pixels: Tensor) -> Tensor:
         """The tower's patch rows [T, rows * cols, D]."""
+        # on a CPU the fused kernel's backward takes several times as long as plain matrix products
+        for attention in self._fused:
+            attention.fused_attn = pixels.device.type != "cpu" or not torch.is_grad_enabled()
         return patch_features(self.tower, pixels, self.layer)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:

@@ -1,0 +1,118 @@
+"""Packed documents without the waste: the visibility rule document by document, on rows laid end to end.
+
+A dense mask over a packed row of L computes L x L scores, most of which are hidden, and every padding row passes through
+every layer. Here padding is left out, rows are sorted by document, and each document attends to the shared prefix of its
+row and to itself. Results are those of the dense form (tests/nn/test_ragged.py). Shapes depend on the data, which is free
+on a CPU and would be a synchronisation on a GPU.
+
+Shapes: N real rows of the batch, G documents, Q and K the longest query and key lists, H heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmllm.nn.visibility import Visibility, visible
+from dmllm.types import PADDING, PREFIX
+
+
+SHORTEST = 16  # rows; shorter documents are grouped together
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents that are attended together, padded to the longest; indices count the sorted rows."""
+
+    queries: Tensor  # [G, Q]
+    keys: Tensor  # [G, K]
+    mask: Tensor  # [G, 1, Q, K] bool
+    real: Tensor  # int64 indices into G * Q of the queries that are not padding
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """How the rows of one batch are sorted and grouped. `order` [N] indexes B * L."""
+
+    order: Tensor
+    groups: tuple[Group, ...]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[B, L, ...] -> the real rows, sorted, [1, N, ...]."""
+        return rows.flatten(0, 1).index_select(0, self.order)[None]
+
+    def scatter(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Sorted rows [1, N, D] back into [B, L, D]; padding rows are zero."""
+        empty = rows.new_zeros(shape[0] * shape[1], rows.shape[-1])
+        return empty.index_copy(0, self.order, rows[0]).view(*shape[:2], -1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, H, N, d], k and v [1, H', N, d] -> [1, H, N, d]."""
+        heads, shared = q.shape[1], k.shape[1]
+        q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (q, k, v))  # [N, H * d]
+        mixed = []
+        for group in self.groups:
+            keys, values = (_take(x, group.keys, shared).repeat_interleave(heads // shared, 1) for x in (k, v))
+            part = _attend(_take(q, group.queries, heads), keys, values, group.mask)
+            mixed.append(part.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, group.real))
+        return torch.cat(mixed).unflatten(1, (heads, -1)).transpose(0, 1)[None]
+
+
+def ragged(visibility: Visibility) -> Ragged:
+    """Sort and group the rows of a batch: prefixes first, then documents by the power of two that holds them."""
+    batch, length = visibility.document.shape
+    document = visibility.document.flatten()
+    row = torch.arange(batch, device=document.device).repeat_interleave(length)
+    real = (document != PADDING).nonzero().squeeze(1)
+    place = row[real] * (int(document.max()) + 2) + document[real] + 1  # one number for each document of each row
+    _, member, sizes = place.unique(return_inverse=True, return_counts=True)
+    size = torch.where(document[real] == PREFIX, 0, (sizes[member] - 1).clamp(min=SHORTEST - 1).log2().int() + 1)
+    sorting = (size * len(sizes) + member).argsort(stable=True)
+    order = real[sorting]
+    look = tuple(x.flatten()[order] for x in (visibility.rank, visibility.canvas, visibility.document))
+
+    _, lengths = member[sorting].unique_consecutive(return_counts=True)
+    starts = lengths.cumsum(0) - lengths
+    rows, kinds = row[order][starts], size[sorting][starts]
+    is_prefix = kinds == 0
+    prefix_start, prefix_length = (torch.zeros(batch, dtype=torch.int64, device=row.device) for _ in range(2))
+    prefix_start[rows[is_prefix]], prefix_length[rows[is_prefix]] = starts[is_prefix], lengths[is_prefix]
+    groups = []
+    for kind in kinds.unique_consecutive().tolist():
+        chosen = kinds == kind
+        keys = queries = _span(starts[chosen], lengths[chosen])
+        if kind:
+            shared = _span(prefix_start[rows[chosen]], prefix_length[rows[chosen]])
+            keys = tuple(torch.cat(pair, 1) for pair in zip(shared, queries))
+        groups.append(_group(queries, keys, look))
+    return Ragged(order, tuple(groups))
+
+
+def _span(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices start, start + 1, ... of each list, padded to the longest, and which of them are real: [G, longest]."""
+    steps = torch.arange(int(lengths.max()), device=starts.device)
+    real = steps < lengths[:, None]
+    return torch.where(real, starts[:, None] + steps, 0), real
+
+
+def _group(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, ...], look: tuple[Tensor, ...]) -> Group:
+    (q, q_real), (k, k_real) = queries, keys
+    q_look, k_look = ([x[i].unsqueeze(d) for x in look] for i, d in ((q, 2), (k, 1)))
+    mask = (visible(*q_look, *k_look) | (q[:, :, None] == k[:, None])) & k_real[:, None]
+    return Group(q, k, mask[:, None], q_real.flatten().nonzero().squeeze(1))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention in plain steps: for short lists in bfloat16 on a CPU its backward takes a sixth of the fused kernel's
+    time. A query that sees nothing (padding) gets a mean that is dropped."""
+    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min / 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + hidden
+    return scores.softmax(-1, dtype=torch.float32 if q.dtype == torch.float16 else q.dtype).to(v.dtype) @ v
+
+
+def _take(x: Tensor, index: Tensor, heads: int) -> Tensor:
+    """Rows [N, H * d] at index [G, Q] -> [G, H, Q, d]. An embedding look-up, whose backward adds up in parallel."""
+    return F.embedding(index, x).unflatten(2, (heads, -1)).transpose(1, 2)
