@@ -82,7 +82,7 @@ def to_dict(config: Any) -> Any:
 
 
 def environment(name: str, default: str | None = None) -> str | None:
-    """An environment variable. The rest of the project asks here, so that what is read can be listed: see ENVIRONMENT."""
+    """An environment variable. The rest of the project asks here, so that ENVIRONMENT lists all that is read."""
     assert name in ENVIRONMENT, name
     return os.environ.get(name, default)
 
@@ -158,6 +158,8 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.?[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )

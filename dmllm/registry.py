@@ -1,4 +1,4 @@
-"""A table maps names to "module:attribute" and loads them on use, so that an absent extra costs nothing until asked for.
+"""A table maps names to "module:attribute", loaded on use, so that an absent extra costs nothing until asked for.
 
 A dotted path ("my_package.module:thing") is a name too: that is how users add a part without touching this project.
 """

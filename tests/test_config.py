@@ -1,4 +1,4 @@
-"""One mechanism for YAML and the command line: what is read back is what was written, and a typo names its neighbour."""
+"""YAML and the command line are one mechanism: what is read back is what was written; a typo names its neighbour."""
 
 from dataclasses import dataclass, field
 from typing import Literal

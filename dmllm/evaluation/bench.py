@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +45,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OBJECTIVE = ObjectiveConfig(options={"weight": "none", "reduction": "answer_length", "complementary": True})
 OPTIMISER = OptimiserConfig(name="muon", lr=1e-6, muon_lr=1e-6, weight_decay=0.01)
 CACHED, UNCACHED = "prompt cached", "no cache"
-USE_CACHE = {CACHED: None, UNCACHED: False}
+AS_SET, SINGLY = "as set", "a token a call"
 CUBES_ON_GPU = 100  # products in a row, so that a GPU works for milliseconds
 
 Taken = list[tuple[float, Any]]  # round by round, an action's seconds and what it returned
-Way = tuple[int, str]  # of asking: batch size, cache
+
+
+class Way(NamedTuple):
+    """A way of asking."""
+
+    size: int  # questions in a batch
+    cache: str
+    pace: str  # the checkpoint's decode settings, or one token committed in each model call
+
+    def __str__(self) -> str:
+        return f"batch {self.size}, {self.cache}, {self.pace}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +162,7 @@ class Decoding:
 
     rounds: int
     questions: int
-    same: int  # questions whose answers agree, token by token, between all ways
+    same: int  # questions whose answers agree, token by token, between all ways at the checkpoint's settings
     tokens: dict[Way, float]  # of an answer, its end not counted; mean
     forwards: dict[Way, float]  # model calls until an answer is finished; mean
     answers: dict[Way, Spread]  # a second
@@ -161,20 +171,14 @@ class Decoding:
     def lines(self) -> list[str]:
         """A table."""
         rows = [
-            [
-                f"batch {way[0]}, {way[1]}",
-                str(rate),
-                short(rate.median * self.tokens[way]),
-                short(self.tokens[way]),
-                short(self.forwards[way]),
-            ]
+            [str(way), str(rate), *map(short, (rate.median * self.tokens[way], self.tokens[way], self.forwards[way]))]
             for way, rate in self.answers.items()
         ]
         return [
-            f"decoding: a round is {self.questions} questions with their pictures, {self.same} of which are answered "
-            f"alike in every way; {self.rounds} rounds",
+            f"decoding: a round is {self.questions} questions with their pictures; {self.same} of them are answered "
+            f"alike in every way {AS_SET}; {self.rounds} rounds",
             *sheet(["", "answers/s", "tokens/s", "tokens/answer", "forwards/answer"], rows),
-            *(f"  {what}: {ratio} times the answers" for what, ratio in self.ratios.items()),
+            *(f"  {what}: {found} times the answers" for what, found in self.ratios.items()),
         ]
 
 
@@ -263,36 +267,46 @@ def train_round(run: Run) -> float:
 
 
 def measure_decoding(pipeline: Pipeline, questions: Sequence[Question], config: BenchConfig) -> Decoding:
-    """Answers one by one and all together, with and without the prompt's cache where it is exact."""
+    """Answers one by one and all together; with the prompt's cache, where it is exact, and without; and what the
+    checkpoint's settings (several tokens a call) save over one token a call."""
     caches = [UNCACHED] if pipeline.model.config.visibility == "full" else [CACHED, UNCACHED]
-    sizes = (1, len(questions))
-    ways = [(size, cache) for size in sizes for cache in caches]
-    actions = {str(way): partial(ask, pipeline, questions, *way) for way in ways}
-    taken = in_turn(actions, config, pipeline.device)
+    whole = len(questions)
+    ways = [Way(size, cache, AS_SET) for size in (1, whole) for cache in caches]
+    ways += [Way(whole, cache, SINGLY) for cache in caches]
+    taken = in_turn({str(way): partial(ask, pipeline, questions, way) for way in ways}, config, pipeline.device)
     replies: dict[Way, list[Reply]] = {way: taken[str(way)][-1][1] for way in ways}
-    speeds = {way: [len(questions) / s for s, _ in taken[str(way)]] for way in ways}
-    ratios = {f"{UNCACHED}, batch {sizes[1]} / batch 1": ratio(speeds[sizes[1], UNCACHED], speeds[1, UNCACHED])}
+    speeds = {way: [whole / s for s, _ in taken[str(way)]] for way in ways}
+    best = caches[0]
+    compared = {
+        f"batch {whole} / batch 1, {best}": (Way(whole, best, AS_SET), Way(1, best, AS_SET)),
+        f"{AS_SET} / {SINGLY}, batch {whole}, {best}": (Way(whole, best, AS_SET), Way(whole, best, SINGLY)),
+    }
     if CACHED in caches:
-        ratios = {f"{CACHED}, batch {sizes[1]} / batch 1": ratio(speeds[sizes[1], CACHED], speeds[1, CACHED])} | ratios
-        for size in sizes:
-            ratios[f"batch {size}, {CACHED} / {UNCACHED}"] = ratio(speeds[size, CACHED], speeds[size, UNCACHED])
-    alike = [len({tuple(replies[way][k].ids) for way in ways}) == 1 for k in range(len(questions))]
+        for size, _, pace in ways[1::2]:
+            pair = (Way(size, CACHED, pace), Way(size, UNCACHED, pace))
+            compared[f"{CACHED} / {UNCACHED}, batch {size}, {pace}"] = pair
+    given = [[tuple(reply.ids) for reply in replies[way]] for way in ways if way.pace == AS_SET]
     return Decoding(
         rounds=len(speeds[ways[0]]),
-        questions=len(questions),
-        same=sum(alike),
+        questions=whole,
+        same=sum(len(set(answers)) == 1 for answers in zip(*given, strict=True)),
         tokens={way: statistics.mean(len(reply.ids) for reply in replies[way]) for way in ways},
         forwards={way: statistics.mean(reply.num_forwards for reply in replies[way]) for way in ways},
         answers={way: Spread.of(column) for way, column in speeds.items()},
-        ratios=ratios,
+        ratios={what: ratio(speeds[above], speeds[below]) for what, (above, below) in compared.items()},
     )
 
 
-def ask(pipeline: Pipeline, questions: Sequence[Question], size: int, cache: str) -> list[Reply]:
-    """The answers, asked `size` at a time."""
+def ask(pipeline: Pipeline, questions: Sequence[Question], way: Way) -> list[Reply]:
+    """The answers, `way.size` at a time."""
+    single = {"steps": pipeline.decode_config().max_new_tokens, "threshold": None}
     asked = [list(question.messages) for question in questions]
-    parts = [asked[start : start + size] for start in range(0, len(asked), size)]
-    return [r for part in parts for r in pipeline.chat(part, generator=0, use_cache=USE_CACHE[cache])]
+    replies = []
+    for start in range(0, len(asked), way.size):
+        part = asked[start : start + way.size]
+        decode = single if way.pace == SINGLY else {}
+        replies += pipeline.chat(part, generator=0, use_cache=None if way.cache == CACHED else False, **decode)
+    return replies
 
 
 def in_turn(actions: Mapping[str, Callable[[], Any]], config: BenchConfig, device: torch.device) -> dict[str, Taken]:

@@ -84,7 +84,9 @@ class MultimodalModel(PreTrainedModel):
             raise ValueError("This model has no vision encoder: it takes text only; leave the images out.")
         return self.projector(self.vision(pixel_values)).flatten(0, 1)
 
-    def embed(self, input_ids: Tensor, image_slots: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, image_slots: Tensor | None = None, image_features: Tensor | None = None
+    ) -> Tensor:
         """The stream [B, L, D]: token rows, with image rows gathered where a slot names one."""
         stream = self.backbone.embed(input_ids)
         if image_slots is None:
@@ -119,8 +121,8 @@ class MultimodalModel(PreTrainedModel):
         Args:
             input_ids: [B, L]; or `inputs_embeds` [B, L, D] in its place.
             attention_mask: [B, L], 0 at padding; used where no `documents` or `visibility` say it.
-            pixel_values, image_slots: tiles [T, 3, H, W] uint8 and the image row each stream row holds; `image_features`
-                [T * N, D] in place of pixels when they are already encoded.
+            pixel_values, image_slots: tiles [T, 3, H, W] uint8 and the image row each stream row holds;
+                `image_features` [T * N, D] in place of pixels when they are already encoded.
             documents, positions: [B, L]; without them each row is one document, counted from its first real token.
             visibility: who sees whom; without it, the config's layout with the rows of `canvas` [B, L] bool being
                 denoised (all of them, if that is not said either).
@@ -189,7 +191,7 @@ class MultimodalModel(PreTrainedModel):
             nn.init.normal_(self.row_break, std=self.backbone.config.initializer_range)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Only what no file holds: tables that timm computes. `initialise` makes the weights of a model from scratch."""
+        """Only what no file holds: tables that timm computes. `initialise` makes a new model's weights."""
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 

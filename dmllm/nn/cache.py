@@ -16,7 +16,7 @@ from dmllm.nn.visibility import Visibility
 class KVCache:
     """Per-layer keys and values [B, heads, K, head_dim] of the rows stored so far.
 
-    While `storing` is True a forward adds its rows; otherwise it only looks: the same canvas can be fed again and again.
+    While `storing` is True a forward adds its rows; else it only looks: the same canvas can be fed again and again.
     """
 
     exact = True

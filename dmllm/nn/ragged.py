@@ -1,9 +1,9 @@
 """Packed documents without the waste: the visibility rule document by document, on rows laid end to end.
 
-A dense mask over a packed row of L computes L x L scores, most of which are hidden, and every padding row passes through
-every layer. Here padding is left out, rows are sorted by document, and each document attends to the shared prefix of its
-row and to itself. Results are those of the dense form (tests/nn/test_ragged.py). Shapes depend on the data, which is free
-on a CPU and would be a synchronisation on a GPU.
+A dense mask over a packed row of L computes L x L scores, most of which are hidden, and every padding row passes
+through every layer. Here padding is left out, rows are sorted by document, and each document attends to the shared
+prefix of its row and to itself. Results are those of the dense form (tests/nn/test_ragged.py). Shapes depend on the
+data, which is free on a CPU and would be a synchronisation on a GPU.
 
 Shapes: N real rows of the batch, G documents, Q and K the longest query and key lists, H heads, d head dimension.
 """
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from dmllm.nn.visibility import Visibility, visible
 from dmllm.types import PADDING, PREFIX
-
 
 SHORTEST = 16  # rows; shorter documents are grouped together
 

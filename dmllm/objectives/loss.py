@@ -25,7 +25,9 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, cou
     return LossSum(total=(losses * weights).sum(), count=count)
 
 
-def normalise(reduction: str, weights: Tensor, scorable: Tensor, hidden: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(
+    reduction: str, weights: Tensor, scorable: Tensor, hidden: Tensor, documents: Tensor
+) -> tuple[Tensor, Tensor]:
     """The weights [B, L] with per-answer divisors put in, and the count that remains to be divided by, a scalar.
 
     Args:

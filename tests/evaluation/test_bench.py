@@ -75,11 +75,12 @@ def test_a_run_reports_every_quantity(checkpoint, visibility, capsys):
     assert training[0].startswith("training: a round is 2 steps, 4 pictures")
     assert training[1].split() == ["fp32", "bf16"]
     assert [line.count("[") for line in training[2:-1]] == [2] * 8
-    assert decoding[0].startswith("decoding: a round is 2 questions with their pictures, 2 of which are answered alike")
+    assert decoding[0].startswith("decoding: a round is 2 questions with their pictures; 2 of them are answered alike")
     caches = ["no cache"] if visibility == "full" else ["prompt cached", "no cache"]
-    ways = [line.strip() for line in decoding[2:] if "[" in line and "times" not in line]
-    assert [way.split("   ")[0] for way in ways] == [f"batch {size}, {cache}" for size in (1, 2) for cache in caches]
-    assert sum(line.endswith("times the answers") for line in decoding) == (1 if visibility == "full" else 4)
+    ways = [line.split("   ")[0].strip() for line in decoding[2:] if "times" not in line]
+    paces = [(1, "as set"), (2, "as set"), (2, "a token a call")]
+    assert ways == [f"batch {size}, {cache}, {pace}" for size, pace in paces for cache in caches]
+    assert sum(line.endswith("times the answers") for line in decoding) == (2 if visibility == "full" else 5)
 
 
 def test_shares_are_ratios_of_the_same_round(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""The architecture keeps its promises: packed == separate, cached == uncached, aligned rows, image rows in their slots."""
+"""The architecture: packed == separate, cached == uncached, rows asked for == rows of the whole, images in place."""
 
 import pytest
 import torch
@@ -77,7 +77,9 @@ def test_questions_packed_behind_one_picture_score_as_each_alone():
 
     def run(parts: list[torch.Tensor]) -> torch.Tensor:
         ids = torch.cat([picture, *parts])[None]
-        documents = torch.cat([torch.full((4,), PREFIX), *(torch.full((len(p),), i) for i, p in enumerate(parts))])[None]
+        documents = torch.cat([torch.full((4,), PREFIX), *(torch.full((len(p),), i) for i, p in enumerate(parts))])[
+            None
+        ]
         positions = torch.cat([torch.arange(4), *(torch.arange(4, 4 + len(p)) for p in parts)])[None]
         slots = torch.cat([torch.arange(4), *(torch.full((len(p),), -1) for p in parts)])[None]
         canvas = torch.cat([torch.zeros(4), *((torch.arange(len(p)) >= 2).float() for p in parts)])[None].bool()

@@ -24,14 +24,18 @@ def streams() -> dict[str, Visibility]:
             [PREFIX, 0, 0, 0, PADDING, PADDING, PADDING, 0, 0, 0],
         ]
     )
-    canvas = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0, 1]])
+    canvas = torch.tensor(
+        [[0, 0, 0, 1, 1, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0, 1]]
+    )
     prefix = layout("prefix", documents=packed, canvas=canvas.bool())
     second_view = torch.zeros_like(packed)
     second_view[0, 7:9] = 1
     return {
         "prefix": prefix,
         "views": Visibility(prefix.rank + second_view, prefix.canvas, prefix.document),
-        "full": layout("full", documents=packed.clamp(min=PADDING).masked_fill(packed == PREFIX, 0), canvas=canvas.bool()),
+        "full": layout(
+            "full", documents=packed.clamp(min=PADDING).masked_fill(packed == PREFIX, 0), canvas=canvas.bool()
+        ),
         "causal": layout("causal", documents=packed.masked_fill(packed == PREFIX, 3), canvas=canvas.bool()),
     }
 

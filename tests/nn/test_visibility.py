@@ -82,7 +82,9 @@ def test_rows_behind_a_cache_see_what_they_would_see_in_one_stream():
     documents = torch.tensor([[PREFIX, 0, 0, 0, PADDING, 0, 0]])
     canvas = torch.tensor([[0, 0, 0, 0, 0, 1, 1]]).bool()
     whole = layout("prefix", documents=documents, canvas=canvas)
-    head, tail = (Visibility(whole.rank[:, s], whole.canvas[:, s], whole.document[:, s]) for s in (slice(5), slice(5, 7)))
+    head, tail = (
+        Visibility(whole.rank[:, s], whole.canvas[:, s], whole.document[:, s]) for s in (slice(5), slice(5, 7))
+    )
     assert mask(tail, head) == mask(whole)[5:]
 
 
@@ -91,7 +93,9 @@ def test_dense_and_flex_forms_are_one_rule():
     rank = torch.randint(-2, 3, (2, 24))
     look = Visibility(rank, torch.rand(2, 24) < 0.5, torch.randint(-2, 3, (2, 24)))
     block = look.flex()
-    grid = [torch.arange(n).view([-1 if i == d else 1 for d in range(4)]) for i, n in enumerate((2, 1, 24, 24)) for d in [i]]
+    grid = [
+        torch.arange(n).view([-1 if i == d else 1 for d in range(4)]) for i, n in enumerate((2, 1, 24, 24)) for d in [i]
+    ]
     assert torch.equal(block.mask_mod(*grid).expand(2, 1, 24, 24), look.dense())
 
 

@@ -77,7 +77,7 @@ def test_with_exact_conditionals_the_bound_is_the_entropy_of_the_data(schedule, 
 @pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
 def test_a_uniform_predictor_scores_log_v_under_every_schedule(schedule, options):
     objective = build_objective("masked", {"schedule": schedule, "schedule_options": options}, SPECIAL, "full")
-    uniform = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 7))  # noqa: E731
+    uniform = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 7))
     batch = batch_of(torch.zeros(4000, 16, dtype=torch.int64))
     assert mean_loss(objective, uniform, batch) == pytest.approx(math.log(7), rel=0.02)
 
@@ -166,7 +166,7 @@ def test_the_split_into_micro_batches_never_changes_the_loss(reduction):
     objective = build_objective("masked", {"reduction": reduction}, SPECIAL, "full")
     torch.manual_seed(0)
     table = torch.randn(9, 4)
-    model = lambda *, input_ids, positions, rows, **_: SimpleNamespace(  # noqa: E731
+    model = lambda *, input_ids, positions, rows, **_: SimpleNamespace(
         logits=table[(positions.flatten()[rows])]
     )
     ids = torch.randint(0, 2, (6, 9))
@@ -186,8 +186,8 @@ def test_the_split_into_micro_batches_never_changes_the_loss(reduction):
         assert [float(x.count) for x in losses] == [float(n.counts["masked"]) for n in noised]
         return float(sum(x.total for x in losses)), float(sum(x.count for x in losses))
 
-    whole = summed([padded(range(0, 6), 9)])
-    split = summed([padded(range(0, 1), 9), padded(range(1, 4), 5), padded(range(4, 6), 3)])
+    whole = summed([padded(range(6), 9)])
+    split = summed([padded(range(1), 9), padded(range(1, 4), 5), padded(range(4, 6), 3)])
     assert split == pytest.approx(whole, rel=1e-5)
 
 
@@ -196,7 +196,7 @@ def test_reductions_divide_by_what_they_are_named_after():
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])
     batch = batch_of(torch.zeros(1, 10, dtype=torch.int64), documents=documents)
     batch.labels[0, [0, 3]] = IGNORE
-    model = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 4))  # noqa: E731
+    model = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 4))
     expected = {"tokens": (8, 8), "batch_length": (8, 10), "answer_length": (2, 2), "masked": (8, 8)}
     for reduction, (total, count) in expected.items():
         options = {"reduction": reduction, "weight": "none", "min_noise": 0.999999}
