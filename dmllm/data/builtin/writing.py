@@ -67,7 +67,7 @@ class Job:
             "seed": self.seed,
             "size": self.size,
             "num": self.num,
-            "options": asdict(self.options),
+            "options": json.loads(json.dumps(asdict(self.options))),  # tuples as the file will hold them
             "version": VERSION,
         }
 
