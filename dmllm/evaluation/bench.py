@@ -2,10 +2,9 @@
 
     python -m dmllm.evaluation.bench --model dmllm-tiny --threads 2 --seconds 3
 
-One process measures everything in turn (A, B, C, A, B, C, ...), so that whatever else the machine does meets all alike.
-Ratios are taken within a round; each number is the median over rounds, with the least and the greatest in brackets.
-A step is the training loop's own: reading pictures, noising, forward, backward, optimiser. Its work is the products of
-forward and backward (FlopCounterMode), so reading data and the optimiser count as time alone. On a GPU fp32 is TF32.
+Everything is measured in one process, in rounds. A step is the training loop's own: reading pictures, noising, forward,
+backward, optimiser. Its work is the operations of forward and backward, so that reading data and the optimiser count as
+time alone. On a GPU fp32 is TF32.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from dmllm.data.mixture import DataConfig
 from dmllm.data.sources import DataSource
 from dmllm.evaluation.config import TaskConfig
 from dmllm.evaluation.products import Products, count, multiply, operands, square
+from dmllm.evaluation.rounds import Spread, in_turn, ratio, sheet, short
 from dmllm.evaluation.tasks import Question, read_task
 from dmllm.objectives.draws import Draws
 from dmllm.pipeline import Pipeline, Reply, load
@@ -47,8 +46,6 @@ OPTIMISER = OptimiserConfig(name="muon", lr=1e-6, muon_lr=1e-6, weight_decay=0.0
 CACHED, UNCACHED = "prompt cached", "no cache"
 AS_SET, SINGLY = "as set", "a token a call"
 CUBES_ON_GPU = 100  # products in a row, so that a GPU works for milliseconds
-
-Taken = list[tuple[float, Any]]  # round by round, an action's seconds and what it returned
 
 
 class Way(NamedTuple):
@@ -78,25 +75,6 @@ class BenchConfig:
     """Questions that every round asks, one by one and all together."""
     cube: int = 2048
     """Side of the square matrices whose product stands for what the machine can do."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A quantity over rounds."""
-
-    median: float
-    least: float
-    greatest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def __str__(self) -> str:
-        return f"{short(self.median)} [{short(self.least)}, {short(self.greatest)}]"
-
-    def percent(self) -> str:
-        return str(Spread(*(100 * value for value in (self.median, self.least, self.greatest)))).replace(" ", " % ", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +180,7 @@ def measure_training(model: str, data: Path, folder: Path, config: BenchConfig) 
             flops[f"{name} {precision}"] = sum(product.flops * times for product, times in products.items())
         actions[f"step {precision}"] = partial(train_round, runs[precision])
         flops[f"step {precision}"] = work[precision].flops
-    taken = in_turn(actions, config, device)
+    taken = in_turn(actions, rounds=config.rounds, seconds=config.seconds, device=device)
     rates = {}
     for precision in DTYPES:
         seconds = {name: [s for s, _ in taken[f"{name} {precision}"]] for name in ("step", "cube", "linear")}
@@ -273,7 +251,8 @@ def measure_decoding(pipeline: Pipeline, questions: Sequence[Question], config: 
     whole = len(questions)
     ways = [Way(size, cache, AS_SET) for size in (1, whole) for cache in caches]
     ways += [Way(whole, cache, SINGLY) for cache in caches]
-    taken = in_turn({str(way): partial(ask, pipeline, questions, way) for way in ways}, config, pipeline.device)
+    actions = {str(way): partial(ask, pipeline, questions, way) for way in ways}
+    taken = in_turn(actions, rounds=config.rounds, seconds=config.seconds, device=pipeline.device)
     replies: dict[Way, list[Reply]] = {way: taken[str(way)][-1][1] for way in ways}
     speeds = {way: [whole / s for s, _ in taken[str(way)]] for way in ways}
     best = caches[0]
@@ -309,41 +288,6 @@ def ask(pipeline: Pipeline, questions: Sequence[Question], way: Way) -> list[Rep
     return replies
 
 
-def in_turn(actions: Mapping[str, Callable[[], Any]], config: BenchConfig, device: torch.device) -> dict[str, Taken]:
-    """Run all actions round by round, after a first round that does not count."""
-    taken: dict[str, Taken] = {name: [] for name in actions}
-    for action in actions.values():
-        action()
-    start, rounds = time.perf_counter(), 0
-    while rounds < config.rounds or time.perf_counter() - start < config.seconds * len(actions):
-        for name, action in actions.items():
-            before = _now(device)
-            found = action()
-            taken[name].append((_now(device) - before, found))
-        rounds += 1
-    return taken
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """above / below, round by round."""
-    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
-
-
-def sheet(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns of equal width, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for first, *others in [head, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  " + "   ".join([first.ljust(widths[0]), *cells]))
-    return lines
-
-
-def short(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def main(argv: Sequence[str] | None = None, config: BenchConfig | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="dmllm.evaluation.bench", description=(__doc__ or "").splitlines()[0])
@@ -368,7 +312,9 @@ def main(argv: Sequence[str] | None = None, config: BenchConfig | None = None) -
 
 def _about(model: str, pipeline: Pipeline) -> list[str]:
     device = pipeline.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({torch.get_num_threads()} threads)"
+    )
     parameters = sum(p.numel() for p in pipeline.model.parameters()) / 1e6
     load_average = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return [
@@ -394,12 +340,6 @@ def _recipe(model: str, data: Path, folder: Path, precision: Any, config: BenchC
         batch_size=config.batch_size,
         precision=precision,
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from dmllm.checkpoints import folder
-from dmllm.evaluation import bench, products
+from dmllm.evaluation import bench, products, rounds
 from dmllm.types import IGNORE
 from tests.test_pipeline import make
 
@@ -63,9 +63,15 @@ def test_answers_are_runs_of_labelled_tokens():
 def test_everything_takes_its_turn_after_a_round_that_does_not_count():
     called = []
     actions = {name: lambda name=name: called.append(name) or len(called) for name in "ab"}
-    taken = bench.in_turn(actions, CONFIG, torch.device("cpu"))
+    taken = rounds.in_turn(actions, rounds=2, seconds=0, device=torch.device("cpu"))
     assert called == ["a", "b"] * 3
     assert [found for _, found in taken["a"]] == [3, 5]
+
+
+def test_ratios_are_taken_within_a_round():
+    assert str(rounds.ratio([2, 30, 400], [1, 10, 100])) == "3 [2, 4]"
+    assert rounds.ratio([1, 1, 3], [8, 4, 4]).percent() == "25 % [12.5, 75]"
+    assert [rounds.short(value) for value in (12345.6, 99.94, 0.01234)] == ["12346", "99.9", "0.0123"]
 
 
 def test_a_run_reports_every_quantity(checkpoint, visibility, capsys):
@@ -83,6 +89,7 @@ def test_a_run_reports_every_quantity(checkpoint, visibility, capsys):
     assert sum(line.endswith("times the answers") for line in decoding) == (2 if visibility == "full" else 5)
 
 
+@pytest.mark.parametrize("visibility", ["prefix"], indirect=True)
 def test_shares_are_ratios_of_the_same_round(checkpoint, tmp_path):
     data = bench.make("scenes", tmp_path / "scenes", num=CONFIG.pictures, workers=1) / "data.json"
     training = bench.measure_training(checkpoint, data, tmp_path, CONFIG)

@@ -166,9 +166,7 @@ def test_the_split_into_micro_batches_never_changes_the_loss(reduction):
     objective = build_objective("masked", {"reduction": reduction}, SPECIAL, "full")
     torch.manual_seed(0)
     table = torch.randn(9, 4)
-    model = lambda *, input_ids, positions, rows, **_: SimpleNamespace(
-        logits=table[(positions.flatten()[rows])]
-    )
+    model = lambda *, input_ids, positions, rows, **_: SimpleNamespace(logits=table[(positions.flatten()[rows])])
     ids = torch.randint(0, 2, (6, 9))
     lengths = [9, 5, 4, 5, 3, 2]
 
