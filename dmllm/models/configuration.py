@@ -44,7 +44,8 @@ class DmllmConfig(PreTrainedConfig):
         self.visibility = visibility
         self.row_break = row_break
         kwargs.setdefault("tie_word_embeddings", bool(self.backbone.get("tie_word_embeddings", False)))
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        kwargs |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs)
 
     @property
     def special(self) -> SpecialTokens:

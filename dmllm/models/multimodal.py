@@ -45,7 +45,7 @@ class MultimodalModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]
     _supports_sdpa = True
     _supports_flex_attn = True
 
@@ -76,7 +76,7 @@ class MultimodalModel(PreTrainedModel):
         """Rows and columns of one tile in the stream."""
         if self.projector is None:
             raise ValueError("This model has no vision encoder: it takes text only.")
-        return self.projector.grid
+        return self.projector.grid  # type: ignore[return-value]
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image."""
@@ -192,8 +192,8 @@ class MultimodalModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Only what no file holds: tables that timm computes. `initialise` makes a new model's weights."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        if callable(compute := getattr(module, "init_non_persistent_buffers", None)):
+            compute()
 
 
 def gather_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:
