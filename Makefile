@@ -20,8 +20,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 # What a user does with a model: make (or bring) data, measure, tune, measure again, ask. About 20 minutes on 2 cores.
 D = runs/demo
 demo: setup
-	$(BIN)/dmllm data make digits --num 12000 --turns 10 --split train --out $(D)/digits-train
-	$(BIN)/dmllm data make scenes --num 4000 --split train --seed 1 --out $(D)/scenes-train
+	$(BIN)/dmllm data make digits --num 6000 --split train --out $(D)/digits-train
+	$(BIN)/dmllm data make scenes --num 2000 --split train --seed 1 --out $(D)/scenes-train
 	$(BIN)/dmllm eval eval/suites/demo.yaml --model dmllm-tiny --out $(D)/before
 	$(BIN)/python train.py data_configs/demo_digits.yaml --output_dir=$(D)/run
 	$(BIN)/dmllm eval eval/suites/demo.yaml --model $(D)/run/model --out $(D)/after --against $(D)/before --run $(D)/run
