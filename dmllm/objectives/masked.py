@@ -12,7 +12,7 @@ Shapes: B rows, L tokens, N hidden tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,17 +70,6 @@ class Noised:
     targets: Tensor  # [N] int64
     weights: Tensor  # [N] float32
     counts: dict[str, Tensor]  # by loss name, scalars: known before the forward, to be summed over the whole step
-
-    def to(self, device: torch.device | str) -> Noised:
-        """The same on another device; counts stay where they are reduced, on the CPU."""
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                moved[f.name] = value.to(device, non_blocking=True)
-        look = self.visibility
-        rule = Visibility(*(x.to(device, non_blocking=True) for x in (look.rank, look.canvas, look.document)))
-        return replace(self, batch=self.batch.to(device), visibility=rule, **moved)
 
 
 class Masked:
