@@ -20,17 +20,18 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 # What a user does with a model: make (or bring) data, measure, tune, measure again, ask. About 20 minutes on 2 cores.
 D = runs/demo
 demo: setup
-	$(BIN)/dmllm data make digits --num 6000 --split train --out $(D)/digits-train
+	$(BIN)/dmllm data make digits --num 6000 --turns 10 --split train --out $(D)/digits-train
 	$(BIN)/dmllm data make scenes --num 2000 --split train --seed 1 --out $(D)/scenes-train
 	$(BIN)/dmllm eval eval/suites/demo.yaml --model dmllm-tiny --out $(D)/before
 	$(BIN)/python train.py data_configs/demo_digits.yaml --output_dir=$(D)/run
 	$(BIN)/dmllm eval eval/suites/demo.yaml --model $(D)/run/model --out $(D)/after --against $(D)/before --run $(D)/run
 	$(BIN)/dmllm chat $(D)/run/model --image dmllm/assets/examples/digits.png "read the digits."
 
+MIX = --reading 0.15 --large-print 0.25
 # The shipped model from nothing: data, tokenizer, training. Hours on 2 cores, minutes on a GPU; stop and repeat freely.
 tiny: setup
-	$(BIN)/dmllm data make scenes --num 400000 --split train --out runs/data/scenes-train
-	$(BIN)/dmllm data make scenes --num 1000 --split val --out runs/data/scenes-val
+	$(BIN)/dmllm data make scenes --num 240000 --split train $(MIX) --out runs/data/scenes-train
+	$(BIN)/dmllm data make scenes --num 2000 --split val $(MIX) --out runs/data/scenes-val
 	$(BIN)/dmllm tokenizer train runs/data/scenes-val/data.json --vocab-size 512 --isolate '[A-Z0-9]' --out runs/tokenizer
 	$(BIN)/python train.py data_configs/dmllm_tiny.yaml
 	$(BIN)/python train.py data_configs/dmllm_tiny_talk.yaml

@@ -166,7 +166,7 @@ def data_make(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Write a built-in data set as LLaVA JSON and PNG."""
     from dmllm.data.builtin import make
 
-    names = ("num", "seed", "split", "size", "turns", "reading", "characters", "kinds")
+    names = ("num", "seed", "split", "size", "turns", "reading", "large_print", "kinds")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     print(make(arguments.name, arguments.out, **options))
 
@@ -261,8 +261,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=["train", "val", "test"], default="train")
     p.add_argument("--size", type=int, help="side of the pictures in pixels")
     p.add_argument("--turns", type=int, help="questions a picture")
-    p.add_argument("--reading", type=float, help="scenes: share of pictures with characters")
-    p.add_argument("--characters", action="store_true", default=None, help="scenes: also ask about single characters")
+    p.add_argument("--reading", type=float, help="scenes: share of pictures with lines of text")
+    p.add_argument("--large-print", type=float, help="scenes: share of pictures with a few large characters")
     p.add_argument("--kinds", nargs="+", help="scenes: only these kinds of questions, e.g. relation exist")
     p = command("check", data_check, under=data)
     p.add_argument("config", help="a data YAML: datasets: [...]")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -94,7 +95,10 @@ class MultimodalModel(PreTrainedModel):
         if self.row_break is not None:
             stream = torch.where((image_slots == ROW_BREAK)[..., None], self.row_break.to(stream.dtype), stream)
         if image_features is not None:
-            rows = image_features.to(stream.dtype)[image_slots.clamp(min=0)]
+            # Text rows look up any row and drop it. If it were the same for all, its gradient would be a queue.
+            anywhere = torch.arange(image_slots.shape[1], device=image_slots.device) % len(image_features)
+            slots = torch.where(image_slots >= 0, image_slots, anywhere)
+            rows = F.embedding(slots, image_features.to(stream.dtype))
             stream = torch.where((image_slots >= 0)[..., None], rows, stream)
         return stream
 
@@ -201,5 +205,5 @@ def gather_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None:
         return hidden
     if rows.ndim == 1:
-        return hidden.flatten(0, 1)[rows]
+        return F.embedding(rows, hidden.flatten(0, 1))  # as an index, but with a backward that is no queue
     return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -22,7 +22,7 @@ from dmllm.diffusion.absorbing import draw_hidden, hide
 from dmllm.diffusion.schedules import SCHEDULES, elbo_weight
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.objectives.draws import Draws
-from dmllm.objectives.loss import REDUCTIONS, normalise, weighted_cross_entropy
+from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, weighted_cross_entropy
 from dmllm.types import IGNORE, PADDING, TEXT, Batch, LossSum, SpecialTokens
 
 WEIGHTS = ("elbo", "clipped", "none")
@@ -44,6 +44,9 @@ class MaskedConfig:
     """What the sum is divided by: tokens, batch_length, answer_length, masked (see objectives/loss.py)."""
     complementary: bool = False
     """Two views of each answer, the second hiding exactly what the first shows; images are encoded once."""
+    padding_as_one: bool = False
+    """The end tokens that pad an answer weigh as much as one token together, not each: in a long canvas for a short
+    answer nearly all tokens are padding, and hardly anything of the loss would be left for the answer."""
     at_least_one: bool = False
     """Hide at least one token of every answer (LaViDa); with weight elbo the loss is then no longer a bound."""
     min_noise: float = 1e-3
@@ -93,7 +96,10 @@ class Masked:
             other = self.schedule.time(self.schedule.alpha(t)).clamp(self.t_min, 1)
             views = append_views if self.visibility == "prefix" else double_batch
             batch, look, scorable, hidden, t = views(batch, look, scorable, hidden, t, other)
-        weights, count = normalise(self.config.reduction, self._weights(t), scorable, hidden, batch.documents)
+        share = scorable.float()
+        if self.config.padding_as_one:
+            share = padding_as_one(batch.labels, batch.documents, self.special.eos)
+        weights, count = normalise(self.config.reduction, self._weights(t), share, hidden, batch.documents)
         rows = hidden.flatten().nonzero().squeeze(1)
         return Noised(
             batch=replace(batch, input_ids=hide(batch.input_ids, hidden, self.special.mask)),

@@ -115,9 +115,11 @@ def open_loader(run: Run, data: str | DataConfig, mixture: Mixture, *, start: in
 
 
 def configure_torch(deterministic: bool) -> None:
-    """TF32 products on GPUs; deterministic kernels if asked for."""
+    """On GPUs TF32 products, and no cuDNN attention, which plans anew for every length of a batch: on an H100 a step of
+    a 5M model took 195 ms with it and 75 ms without. Deterministic kernels if asked for."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(deterministic)
 
 

@@ -15,7 +15,7 @@ from dmllm.training.state import Progress
 
 def save_model(run: Run, path: Path, progress: Progress) -> None:
     """The model as it now is; every process calls this."""
-    model, generation = run.core, getattr(run.core, "generation_defaults", {})
+    model = run.core
     if is_sharded(model):
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if run.accelerator.is_main_process:
@@ -24,7 +24,7 @@ def save_model(run: Run, path: Path, progress: Progress) -> None:
             model.load_state_dict(weights, assign=True)
     if run.accelerator.is_main_process:
         dtype = getattr(torch, run.config.save_dtype) if run.config.save_dtype else None
-        folder.save(path, model, run.processor, generation=generation, card=card(run, progress), dtype=dtype)
+        folder.save(path, model, run.processor, card=card(run, progress), dtype=dtype)
     run.accelerator.wait_for_everyone()
 
 

@@ -41,7 +41,7 @@ def turns_of(record: dict) -> list[tuple[str, str, str]]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("builtin")
-    options = {"scenes": {"characters": True}, "digits": {}}
+    options = {"scenes": {"large_print": 0.3}, "digits": {}}
     return {name: builtin.make(name, base / name, num=PICTURES, workers=2, **options[name]) for name in builtin.NAMES}
 
 
@@ -65,38 +65,11 @@ def matching(phrase: re.Match, objects: list[dict]) -> list[dict]:
     ]
 
 
-def oracle_reading(kind: str, question: str, truth: dict) -> str:
-    lines = truth["lines"]
-    text = "".join(lines)
-    if kind == "reading":
-        return " ".join(lines)
-    if kind == "count":
-        wanted = {"digits": str.isdigit, "letters": str.isalpha, "characters": str.isalnum}
-        return str(sum(map(wanted[re.search("digits|letters|characters", question).group()], text)))
-    named = re.findall(r"\b[A-Z0-9]\b", question)
-    if kind == "exist":
-        return "yes" if named[0] in text else "no"
-    assert all(text.count(character) == 1 for character in named), f"ambiguous: {question} {lines}"
-    shown = {
-        (row, column): character
-        for line, (row, first) in zip(lines, truth["cells"], strict=True)
-        for column, character in enumerate(line, start=first)
-    }
-    row, column = next(cell for cell, character in shown.items() if character == named[-1])
-    word = re.search("directly (left of|right of|above|below)", question).group(1)
-    if word in ("above", "below"):
-        row = next(other for other, _ in truth["cells"] if (other > row if word == "below" else other < row))
-    found = shown.get((row, column + {"left of": -1, "right of": 1}.get(word, 0)))
-    if kind == "relation":
-        return "yes" if found == named[0] else "no"
-    assert found.isdigit() or "digit" not in question
-    assert found.isalpha() or "letter" not in question
-    return found
-
-
 def oracle_scenes(kind: str, question: str, truth: dict) -> str:
     if truth["picture"] == "reading":
-        return oracle_reading(kind, question, truth)
+        return " ".join(truth["lines"])
+    if truth["picture"] == "large print":
+        return oracle_rows(kind, question, [[placed["character"] for placed in row] for row in truth["rows"]])
     objects, question = truth["objects"], question.lower()
     if kind == "caption":
         ordered = sorted(objects, key=lambda thing: thing["center"][0])
@@ -130,25 +103,29 @@ def oracle_scenes(kind: str, question: str, truth: dict) -> str:
 
 
 def oracle_digits(kind: str, question: str, truth: dict) -> str:
-    rows, question = [[scan["digit"] for scan in row] for row in truth["rows"]], question.lower()
-    everything = [digit for row in rows for digit in row]
+    return oracle_rows(kind, question, [[str(scan["digit"]) for scan in row] for row in truth["rows"]])
+
+
+def oracle_rows(kind: str, question: str, rows: list[list[str]]) -> str:
+    everything = [character for row in rows for character in row]
     if kind == "read":
-        return " ".join("".join(map(str, row)) for row in rows)
+        return " ".join("".join(row) for row in rows)
     if kind == "count":
         return str(len(everything))
     if kind == "sum":
-        return str(sum(rows[0] if "top row" in question else rows[1] if "bottom row" in question else everything))
-    asked = int(re.search(r"\d", question).group())
+        chosen = rows[0] if "top row" in question else rows[1] if "bottom row" in question else everything
+        return "+".join(chosen) + f"={sum(map(int, chosen))}"
+    asked = re.findall(r"\b[A-Z0-9]\b", question)[-1]
     if kind == "exist":
         return "yes" if asked in everything else "no"
     assert everything.count(asked) == 1
-    row = next(row for row, digits in enumerate(rows) if asked in digits)
+    row = next(row for row, characters in enumerate(rows) if asked in characters)
     column = rows[row].index(asked)
     word = re.search("left|right|above|below", question).group()
     down, across = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}[word]
     assert row + down >= 0
     assert column + across >= 0
-    return str(rows[row + down][column + across])
+    return rows[row + down][column + across]
 
 
 ORACLES = {"scenes": oracle_scenes, "digits": oracle_digits}
@@ -179,7 +156,7 @@ def test_the_same_arguments_give_the_same_bytes_whatever_the_workers(tmp_path, n
 
 
 def test_a_shorter_data_set_is_the_beginning_of_a_longer_one(made, tmp_path):
-    short, _ = read(builtin.make("scenes", tmp_path / "short", num=5))
+    short, _ = read(builtin.make("scenes", tmp_path / "short", num=5, large_print=0.3))
     assert short == made["scenes"][0][:5]
 
 
@@ -206,16 +183,13 @@ def test_other_sizes_and_options(tmp_path):
         assert image.size == (128, 128)
 
 
-def test_a_reading_picture_has_as_many_turns_and_the_whole_text_last(made, tmp_path):
-    records, truths = made["scenes"]
-    shown = [record for record, truth in zip(records, truths, strict=True) if truth["picture"] == "reading"]
-    assert 0.15 < len(shown) / PICTURES < 0.21
-    asked = [[kind for kind, _, _ in turns_of(record)] for record in shown]
-    assert all(kinds.index("reading") == len(kinds) - 1 for kinds in asked)
-    assert max(map(len, asked)) == 8
-    assert sum(map(len, asked)) > 7.9 * len(asked)  # few texts have no two neighbours that occur once
-    few, _ = read(builtin.make("scenes", tmp_path / "few", num=20, reading=1.0))
-    assert {kind for record in few for kind, _, _ in turns_of(record)} == {"reading"}
+def test_each_sort_of_picture_has_its_share(made):
+    sorts = Counter(truth["picture"] for truth in made["scenes"][1])
+    assert abs(sorts["reading"] / PICTURES - 0.18) < 0.03
+    assert abs(sorts["large print"] / PICTURES - 0.3) < 0.04
+    for record, truth in zip(*made["scenes"], strict=True):
+        if truth["picture"] == "reading":
+            assert [kind for kind, _, _ in turns_of(record)] == ["reading"]
 
 
 def test_ten_turns_ask_on_average_two_questions_of_every_kind_no_two_alike(tmp_path):
@@ -263,14 +237,15 @@ def test_objects_do_not_overlap_and_have_an_order_from_left_to_right(made):
                 assert other["center"][0] - one["center"][0] >= 5
 
 
-def test_scans_do_not_overlap(made):
-    for truth in made["digits"][1]:
+@pytest.mark.parametrize("name", builtin.NAMES)
+def test_characters_in_rows_do_not_overlap(made, name):
+    for truth in made[name][1]:
         covered = np.zeros((64, 64), dtype=int)
-        for left, top, right, bottom in (scan["box"] for row in truth["rows"] for scan in row):
+        for left, top, right, bottom in (placed["box"] for row in truth.get("rows", []) for placed in row):
             assert min(left, top) >= 0
             assert max(right, bottom) <= 64
             covered[top:bottom, left:right] += 1
-        assert covered.max() == 1
+        assert covered.max() == ("rows" in truth)
 
 
 def test_characters_are_painted_in_the_cells_of_the_truth():
@@ -300,12 +275,15 @@ def test_pixels_show_the_colours_of_the_truth(folders, made):
 def test_splits_of_scenes_share_no_scene_and_no_text(tmp_path):
     seen = defaultdict(set)
     for split in ("train", "val", "test"):
-        _, truths = read(builtin.make("scenes", tmp_path / split, num=250, split=split, reading=0.5, workers=1))
+        _, truths = read(
+            builtin.make("scenes", tmp_path / split, num=250, split=split, reading=0.3, large_print=0.4, workers=1)
+        )
         for truth in truths:
             looks = [
                 (t["shape"], t["color"], t["size"], *(c // 4 for c in t["center"])) for t in truth.get("objects", [])
             ]
-            seen[split].add(str(truth.get("lines") or sorted(looks)))
+            places = [[(p["character"], *(c // 4 for c in p["box"][:2])) for p in r] for r in truth.get("rows", [])]
+            seen[split].add(str(truth.get("lines") or places or sorted(looks)))
     assert not seen["train"] & seen["val"]
     assert not seen["train"] & seen["test"]
     assert not seen["val"] & seen["test"]
@@ -329,7 +307,8 @@ def test_splits_of_digits_share_no_scan(made, tmp_path):
 
 CHANCE = {
     "scenes": {"color": 1 / 8, "shape": 1 / 6, "size": 1 / 2, "count": 0.225, "exist": 1 / 2, "relation": 1 / 2}
-    | {"compare": 1 / 2, "position": 1 / 9, "caption": 0.01, "neighbor": 0.05, "reading": 0.0},
+    | {"compare": 1 / 2, "position": 1 / 9, "caption": 0.01, "neighbor": 1 / 10, "reading": 0.0}
+    | {"sum": 0.02, "read": 0.04},
     "digits": {"neighbor": 1 / 10, "count": 1 / 6, "exist": 1 / 2, "sum": 0.075, "read": 0.04},
 }
 
@@ -344,7 +323,8 @@ def test_answers_are_balanced(made, name):
     for kind, counts in answers.items():
         if set(counts) in ({"yes", "no"}, {"small", "large"}):
             assert 0.47 < max(counts.values()) / counts.total() < 0.53, kind
-    for counts in asked.values():
+    # letters have no sum, and a text is only read
+    for counts in (asked[sort] for sort in ("objects", "digits") if sort in asked):
         numbers = (+counts).values()
         assert max(numbers) < 1.1 * min(numbers), counts
 

@@ -13,6 +13,7 @@ from dmllm.models.backbones.transformer import Transformer, TransformerConfig
 from dmllm.models.multimodal import gather_rows
 from dmllm.objectives import build_objective
 from dmllm.objectives.draws import Draws
+from dmllm.objectives.loss import normalise, padding_as_one
 from dmllm.objectives.masked import double_batch
 from dmllm.types import IGNORE, PADDING, PREFIX, Batch, SpecialTokens
 
@@ -209,3 +210,23 @@ def test_an_unknown_option_names_the_nearest():
         build_objective("masked", {"shedule": "linear"}, SPECIAL, "full")
     with pytest.raises(ValueError, match="not a known objective"):
         build_objective("maskd", {}, SPECIAL, "full")
+
+
+def test_padding_as_one_gives_an_answer_the_same_share_in_a_short_and_a_long_canvas():
+    """The answer 7 8 <end>, alone, with one further end token, and with five: its tokens weigh the same."""
+    documents = torch.zeros(1, 8, dtype=torch.int64)
+    for padding in (1, 3):
+        labels = torch.tensor([[-100, -100, 7, 8, 2, *[2] * padding, *[-100] * (3 - padding)]])
+        hidden = labels != -100
+        share = padding_as_one(labels, documents, 2)
+        assert share.tolist()[0][:5] == [0, 0, 1, 1, 1]
+        assert share[0, 5 : 5 + padding].sum().item() == pytest.approx(1)
+        weights, count = normalise("answer_length", torch.ones(1, 8), share, hidden, documents)
+        assert weights[0, 2:5].tolist() == pytest.approx([1 / 4] * 3)
+        assert count == 1
+
+
+def test_padding_as_one_keeps_end_tokens_of_other_documents_apart():
+    labels = torch.tensor([[5, 2, 2, 2, 6, 2]])
+    assert padding_as_one(labels, torch.tensor([[0, 0, 1, 1, 2, 2]]), 2).tolist() == [[1, 1, 1, 1, 1, 1]]
+    assert padding_as_one(labels, torch.tensor([[0, 0, 0, 0, 1, 1]]), 2).tolist() == [[1, 1, 0.5, 0.5, 1, 1]]

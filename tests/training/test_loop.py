@@ -64,6 +64,15 @@ def test_a_run_learns_and_leaves_a_model_that_answers(recipe):
     assert folder.load(result.folder / "best").processor is not None
 
 
+def test_decode_defaults_go_into_the_model_that_is_written_and_into_what_is_trained_from_it(recipe):
+    first = recipe("first", steps=2, validation=None)
+    first = replace(first, model=replace(first.model, generation={"max_new_tokens": 12, "threshold": 0.9}))
+    written = train(first).model
+    second = replace(recipe("second", steps=2, validation=None), model=ModelSpec(checkpoint=str(written)))
+    for model in (written, train(second).model):
+        assert folder.load(model).generation == {"max_new_tokens": 12, "threshold": 0.9}
+
+
 def test_the_split_into_micro_batches_never_changes_the_result(recipe):
     whole = train(recipe("whole", text_only_rows=True))
     parts = train(recipe("parts", text_only_rows=True, micro_batch_size=1))

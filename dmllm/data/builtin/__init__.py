@@ -40,8 +40,9 @@ def make(
     """Write `num` pictures of the data set `name` to the folder `out` and return it.
 
     `size` is the pictures' width and height in pixels, `workers` the number of processes (all cores if None; no
-    influence on the bytes). Options: `turns` (questions a picture), and for scenes `reading` (share of pictures with
-    characters to read). Splits are disjoint. A folder made with the same arguments is returned as it is.
+    influence on the bytes). Options: `turns` (questions a picture), and for scenes `reading` and `large_print` (shares
+    of pictures with lines of text and with a few large characters) and `kinds`. Splits are disjoint. A folder made with
+    the same arguments is returned as it is.
 
     Raises ValueError for arguments that are not allowed and FileExistsError if `out` holds anything else.
     """

@@ -1,7 +1,6 @@
 """Pictures of characters to read: 8 to 16 letters and digits in one or two lines.
 
-One question asks for all of them; the others, in the words of `digits`, make a reader look for a character, for its
-neighbours, or count. Characters are uniform and independent: what is named in a question says nothing of its answer.
+One question asks for all of them.
 
 Each character has its own cell, an eighth of the picture wide and a quarter high, on a grid that falls on the patches
 of a vision transformer with 8 x 8 patches a side. Of each pair that is hard to tell apart (O and 0, I and 1, S and 5,
@@ -10,31 +9,14 @@ Z and 2) the letter is left out: 32 characters remain.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dmllm.data.builtin import drawing
-from dmllm.data.builtin.picture import (
-    COUNT,
-    EXIST,
-    NEIGHBOR,
-    RELATION,
-    Asked,
-    Picture,
-    Turn,
-    collect,
-    phrased,
-    pick,
-    shuffled,
-    split_of,
-    spread,
-)
+from dmllm.data.builtin.picture import Picture, Turn, pick, sentence, split_of
 
 CHARACTERS = "ABCDEFGHJKLMNPQRTUVWXY0123456789"
-# Those whose names begin with a vowel: "an F", "an 8".
-WITH_AN = "AEFHLMNRX8"
 COLUMNS, ROWS = 8, 4
 
 
@@ -50,13 +32,13 @@ class Line:
 Lines = tuple[Line, ...]
 
 
-def compose(rng: np.random.Generator, split: str, size: int, turns: int) -> Picture:
-    """One picture of `split`, `size` pixels wide and high, with `turns` questions."""
+def compose(rng: np.random.Generator, split: str, size: int) -> Picture:
+    """One picture of `split`, `size` pixels wide and high."""
     texts = draw_texts(rng)
     while split_of(" ".join(texts)) != split:
         texts = draw_texts(rng)
     lines = place(rng, texts)
-    asked = ask(rng, lines, turns)
+    asked = ask(rng, lines)
     dark = rng.random() < 0.5
     backdrop, canvas = drawing.background(rng, size, level=rng.uniform(24, 64) if dark else rng.uniform(180, 226))
     ink = drawing.muted(rng, rng.uniform(222, 246) if dark else rng.uniform(10, 36))
@@ -66,7 +48,7 @@ def compose(rng: np.random.Generator, split: str, size: int, turns: int) -> Pict
         "lines": texts,
         "cells": [[line.row, line.column] for line in lines],
     }
-    return Picture(turns=asked, truth=truth, paint=lambda: paint(rng, lines, canvas, ink))
+    return Picture(turns=(asked,), truth=truth, paint=lambda: paint(rng, lines, canvas, ink))
 
 
 def draw_texts(rng: np.random.Generator) -> list[str]:
@@ -123,67 +105,7 @@ def paint(rng: np.random.Generator, lines: Lines, canvas: np.ndarray, ink: np.nd
     return drawing.finish(canvas)
 
 
-# Questions
-
-
-def _singles(lines: Lines) -> list[str]:
-    """The characters that occur exactly once, in reading order."""
-    text = "".join(line.text for line in lines)
-    return [character for character in text if text.count(character) == 1]
-
-
-def ask_exist(rng: np.random.Generator, lines: Lines) -> Asked:
-    shown, yes = {character for line in lines for character in line.text}, rng.random() < 0.5
-    character = pick(rng, [character for character in CHARACTERS if (character in shown) == yes])
-    phrase = f"{'an' if character in WITH_AN else 'a'} {character}"
-    return phrased(rng, EXIST, phrase, answer="yes" if yes else "no")
-
-
-def ask_count(rng: np.random.Generator, lines: Lines) -> Asked:
-    """How many digits, letters or, of two lines, characters: one line always has eight."""
-    text = "".join(line.text for line in lines)
-    digits = sum(character.isdigit() for character in text)
-    counts = {"digits": digits, "letters": len(text) - digits, "characters": len(text)}
-    noun = pick(rng, list(counts)[: 1 + len(lines)])
-    return phrased(rng, COUNT, noun, answer=str(counts[noun]))
-
-
-def ask_relation(rng: np.random.Generator, lines: Lines) -> Asked | None:
-    """Is one character directly left or right of another? If not, they are neighbours the other way round, or none."""
-    singles = _singles(lines)
-    neighbors = [pair for line in lines for pair in pairwise(line.text) if set(pair) <= set(singles)]
-    if not neighbors:
-        return None
-    (left, right), yes = pick(rng, neighbors), rng.random() < 0.5
-    if not yes:
-        apart = [pair for pair in combinations(singles, 2) if pair not in neighbors]
-        left, right = shuffled(rng, pick(rng, apart)) if apart and rng.random() < 0.5 else (right, left)
-    names = (f"the {left}", "directly left of", f"the {right}")
-    if rng.random() < 0.5:
-        names = (f"the {right}", "directly right of", f"the {left}")
-    return phrased(rng, RELATION, *names, answer="yes" if yes else "no")
-
-
-def ask_neighbor(rng: np.random.Generator, lines: Lines) -> Asked | None:
-    """Which character is next to one that occurs once; above and below where both lines have a character."""
-    found = []
-    for line in lines:
-        for one, other in pairwise(line.text):
-            found += [("left of", other, one), ("right of", one, other)]
-    if len(lines) == 2:
-        first = max(line.column for line in lines)
-        for one, other in zip(*(line.text[first - line.column :] for line in lines), strict=False):
-            found += [("above", other, one), ("below", one, other)]
-    singles = _singles(lines)
-    found = [entry for entry in found if entry[1] in singles]
-    if not found:
-        return None
-    word, known, answer = pick(rng, found)
-    noun = "character" if rng.random() < 0.5 else "digit" if answer.isdigit() else "letter"
-    return phrased(rng, NEIGHBOR, noun, word, known, answer=answer)
-
-
-def ask_reading(rng: np.random.Generator, lines: Lines) -> Asked:
+def ask(rng: np.random.Generator, lines: Lines) -> Turn:
     """All characters, lines from top to bottom, joined by one space."""
     templates = (
         "read the text.",
@@ -192,13 +114,4 @@ def ask_reading(rng: np.random.Generator, lines: Lines) -> Asked:
         "what is written in the picture?",
         "which characters do you see?",
     )
-    return phrased(rng, templates, answer=" ".join(line.text for line in lines))
-
-
-FORMS = {"exist": ask_exist, "count": ask_count, "relation": ask_relation, "neighbor": ask_neighbor}
-
-
-def ask(rng: np.random.Generator, lines: Lines, turns: int) -> tuple[Turn, ...]:
-    """The picture's questions, no two alike; the whole text, which gives everything away, comes last and once."""
-    kinds = spread(rng, dict.fromkeys(FORMS, (turns - 1) / len(FORMS)))
-    return tuple(collect(rng, lines, [*((kind, FORMS[kind]) for kind in kinds), ("reading", ask_reading)]))
+    return Turn(kind="reading", question=sentence(rng, templates), answer=" ".join(line.text for line in lines))

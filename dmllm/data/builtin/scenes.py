@@ -1,4 +1,4 @@
-"""`scenes`: one to four coloured shapes on muted backgrounds, and a share of pictures with characters to read.
+"""`scenes`: one to four coloured shapes on muted backgrounds, and shares of pictures with characters to read.
 
 Every answer is as likely as the others of its kind whatever the question says, by symmetry rather than by filtering:
 shapes, colours and sizes are drawn uniformly and exchangeably; places are drawn cell first on a 3 x 3 grid; the number
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmllm.data.builtin import drawing, questions, reading
+from dmllm.data.builtin import drawing, large_print, questions, reading, rows
 from dmllm.data.builtin.picture import Dataset, Picture, pick, split_of
 from dmllm.data.builtin.questions import COLORS, SHAPES, SIZES, WORDS, Scene, Thing
 
@@ -36,7 +36,7 @@ DIAMETERS = {"small": (11 / 64, 12 / 64, 13 / 64), "large": (18 / 64, 19 / 64, 2
 GAP = 1 / 64
 # P(number of objects = 1..4) in the scenes that count nothing, so that over all scenes it is uniform.
 FREE_NUMBER = (0.4, 1 / 3, 7 / 30, 1 / 30)
-KINDS = (*dict.fromkeys([*(kind for kind, _ in questions.FORMS.values()), *reading.FORMS]), "reading")
+KINDS = (*dict.fromkeys([*(kind for kind, _ in questions.FORMS.values()), "reading", *rows.KINDS]),)
 # Two descriptions that fall into the same cells of this grid belong to the same split.
 SPLIT_GRID = 16
 
@@ -49,8 +49,8 @@ class SceneOptions:
     turns: int = 8
     # Share of the pictures that show characters to read instead of objects.
     reading: float = 0.18
-    # Ask about single characters of the reading pictures too: is there a K, which is left of it, how many digits.
-    characters: bool = False
+    # Share of the pictures that show one to six large characters, with the kinds of questions that `digits` asks.
+    large_print: float = 0.0
     # Keep only questions of these kinds, e.g. ["relation"]; none: all kinds.
     kinds: tuple[str, ...] = ()
 
@@ -59,8 +59,11 @@ class SceneOptions:
             raise ValueError(f"kinds={unknown} are not asked of scenes; known are: {', '.join(KINDS)}.")
         if self.turns < 1:
             raise ValueError(f"turns={self.turns}: a picture needs at least one question; try turns=8.")
-        if not 0 <= self.reading <= 1:
-            raise ValueError(f"reading={self.reading} is not a share between 0 and 1; try reading=0.18.")
+        if not (0 <= self.reading <= 1 and 0 <= self.large_print <= 1 and self.reading + self.large_print <= 1):
+            raise ValueError(
+                f"reading={self.reading} and large_print={self.large_print} are not shares between 0 and 1 that leave "
+                "a rest for objects; try reading=0.18 and large_print=0."
+            )
 
 
 def compose(rng: np.random.Generator, split: str, size: int, options: SceneOptions) -> Picture:
@@ -73,8 +76,11 @@ def compose(rng: np.random.Generator, split: str, size: int, options: SceneOptio
 
 
 def _compose(rng: np.random.Generator, split: str, size: int, options: SceneOptions) -> Picture:
-    if rng.random() < options.reading:
-        return reading.compose(rng, split, size, options.turns if options.characters else 1)
+    sort = rng.random()
+    if sort < options.reading:
+        return reading.compose(rng, split, size)
+    if sort < options.reading + options.large_print:
+        return large_print.compose(rng, split, size, options.turns)
     scene = draw_scene(rng, size)
     while split_of(canonical(scene)) != split:
         scene = draw_scene(rng, size)
@@ -215,7 +221,7 @@ def paint(rng: np.random.Generator, scene: Scene, canvas: np.ndarray) -> np.ndar
 DATASET = Dataset(
     description=(
         f"Rendered pictures of 1 to {MAX_OBJECTS} objects ({', '.join(SHAPES)}; {', '.join(COLORS)}; "
-        f"{' or '.join(SIZES)}) on varied backgrounds, and pictures of 8 to 16 characters to read and to find, with "
+        f"{' or '.join(SIZES)}) on varied backgrounds, and pictures of 8 to 16 characters to read, with "
         "questions about them."
     ),
     kinds=KINDS,
