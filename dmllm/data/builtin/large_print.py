@@ -56,7 +56,7 @@ def printed(character: str, variant: int, side: int) -> np.ndarray:
     image = image.transform(
         image.size, Image.Transform.AFFINE, (1, slant, -slant * 1.5 * DETAIL, 0, 1, 0), Image.Resampling.BICUBIC
     )
-    image = image.crop(image.point(lambda level: 255 * (level > 64)).getbbox())
+    image = image.crop(Image.fromarray(np.asarray(image) // 64).getbbox())
     height = round(side * rng.uniform(0.8, 1))
     width = min(max(round(height * image.width / image.height * rng.uniform(0.8, 1.3)), 2), side)
     if rng.random() < 0.5:  # as if scanned coarsely
