@@ -15,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from dmllm.checkpoints.card import model_card
+from dmllm.checkpoints.published import read_published
 from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
 from dmllm.config import to_dict
-from dmllm.data.processor import Processor
-from dmllm.hub import fetch
+from dmllm.data.processor import Processor, ProcessorConfig
+from dmllm.families import Family, family_of
+from dmllm.hub import fetch, find
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
+from dmllm.tiling import TilingConfig
 
 CONFIG, GENERATION, CARD, PROCESSOR = "config.json", "generation_config.json", "README.md", "processor_config.json"
 DECODE = "decode_defaults"  # the configuration's attribute; never in config.json
+TOKENIZER = "tokenizer.json|tokenizer_config.json"
 TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
 OTHERS = (*TOKENIZER_FILES, "*.safetensors", "README.md")
 
@@ -108,8 +113,10 @@ def load(
         ValueError: it is another kind of model, or weights are missing, unexpected or of the wrong shape; named.
     """
     folder = resolve(path_or_name, revision=revision)
-    config = read_config(folder)
     device = torch.device(device or "cpu")
+    if model_type(folder) != DmllmConfig.model_type and (family := family_of(_read(folder / CONFIG))):
+        return _load_published(folder, family, device, dtype)
+    config = read_config(folder)
     kept: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     generation = _read(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     generation.pop("transformers_version", None)
@@ -128,6 +135,21 @@ def load(
     refuse_keys(report["missing_keys"], [*report["unexpected_keys"], *wrong], folder, f"the model of its {CONFIG}")
     processor = Processor.from_pretrained(folder) if (folder / PROCESSOR).is_file() else None
     return Loaded(model=model.to(device).eval(), processor=processor, generation=generation)
+
+
+def _load_published(folder: Path, family: Family, device: torch.device, dtype: torch.dtype | None) -> Loaded:
+    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
+    model = read_published(folder, family, _read(folder / CONFIG), device=device, dtype=dtype)
+    set_decode_defaults(model, family.decode)
+    processor = None
+    if find(folder, TOKENIZER) is not None:
+        tiling = family.processor.get("tiling")
+        config = ProcessorConfig(
+            **{key: value for key, value in family.processor.items() if key != "tiling"},
+            tiling=None if tiling is None else TilingConfig(**tiling),
+        )
+        processor = Processor(AutoTokenizer.from_pretrained(folder), config, model.config.special, family.chat_template)
+    return Loaded(model=model, processor=processor, generation=dict(family.decode))
 
 
 def decode_defaults(model: MultimodalModel) -> dict[str, Any]:

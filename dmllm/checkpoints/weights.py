@@ -21,21 +21,38 @@ def read_weights(folder: Path, *, prefix: str = "", dtype: torch.dtype | None = 
     Raises:
         FileNotFoundError: the folder holds no safetensors, or lacks one of its shards.
     """
-    first = find(folder, WEIGHTS)
-    if first is None:
-        raise FileNotFoundError(f"The folder {folder} has no {WEIGHTS.replace('|', ' or ')}.")
-    files = [first]
-    if first.suffix == ".json":
-        files = [folder / f for f in sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))]
     weights = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"The folder {folder} lacks {file.name}, which {first.name} lists.")
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 if name.startswith(prefix):
                     weights[name.removeprefix(prefix)] = shard.get_tensor(name).to(dtype=dtype)
     return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or its shards.
+
+    Raises:
+        FileNotFoundError: there is none, or a shard is missing; says what to do where there are only pickles.
+    """
+    first = find(folder, WEIGHTS)
+    if first is None:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        advice = (
+            f" It has {pickles[0]}: a pickle can run code when it is read, so it is not; let its publisher, or "
+            "transformers on a machine that trusts it, save it as safetensors (save_pretrained)."
+            if pickles
+            else ""
+        )
+        raise FileNotFoundError(f"The folder {folder} has no {WEIGHTS.replace('|', ' or ')}.{advice}")
+    if first.suffix != ".json":
+        return [first]
+    names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"The folder {folder} lacks {name}, which {first.name} lists.")
+    return [folder / name for name in names]
 
 
 def refuse_keys(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, what: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from dmllm.nn.visibility import LAYOUTS
+from dmllm.nn.visibility import check_layout
 from dmllm.types import SpecialTokens
 
 
@@ -15,8 +15,11 @@ class DmllmConfig(PreTrainedConfig):
 
     backbone: the fields of `TransformerConfig`, and optionally `type`, a name of `BACKBONES`.
     vision, projector: the fields of `VisionConfig` and `ProjectorConfig`; null for a text-only model.
-    visibility: how prompt and canvas see each other, a name of `nn.visibility.LAYOUTS`.
+    visibility: how prompt and canvas see each other, a name of `nn.visibility.LAYOUTS`, or "block:N".
     row_break: whether a learned vector ends each row of a tiled image.
+    shift: whether a token is predicted by the row before it (Dream); logits are aligned all the same.
+    family, published: for a model that came from a published checkpoint, the name of its family and the config.json it
+        had, so that it can be written back.
     """
 
     model_type = "dmllm"
@@ -32,10 +35,12 @@ class DmllmConfig(PreTrainedConfig):
         image_token_id: int | None = None,
         visibility: str = "full",
         row_break: bool = False,
+        shift: bool = False,
+        family: str | None = None,
+        published: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if visibility not in LAYOUTS:
-            raise ValueError(f"visibility={visibility!r} is not one of {', '.join(LAYOUTS)}.")
+        check_layout(visibility)
         self.backbone = backbone or {}
         self.vision = vision
         self.projector = projector
@@ -43,6 +48,9 @@ class DmllmConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.visibility = visibility
         self.row_break = row_break
+        self.shift = shift
+        self.family = family
+        self.published = published
         kwargs.setdefault("tie_word_embeddings", bool(self.backbone.get("tie_word_embeddings", False)))
         kwargs |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(**kwargs)

@@ -138,8 +138,12 @@ class MultimodalModel(PreTrainedModel):
                 image_features = self.encode_images(pixel_values)
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
+        context = None if cache is None else cache.visibility
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
-        hidden = gather_rows(output.hidden, rows)
+        hidden = output.hidden
+        if self.config.shift:
+            hidden = predicting_rows(hidden, positions, visibility, cache, context)
+        hidden = gather_rows(hidden, rows)
         return MultimodalOutput(logits=self.backbone.unembed(hidden), hidden=output.hidden, aux=output.aux)
 
     def _defaults(
@@ -160,7 +164,7 @@ class MultimodalModel(PreTrainedModel):
             positions = ((documents != PADDING).cumsum(1) - 1).clamp(min=0)
         if visibility is None:
             canvas = documents >= 0 if canvas is None else canvas
-            visibility = layout(self.config.visibility, documents=documents, canvas=canvas)
+            visibility = layout(self.config.visibility, documents=documents, canvas=canvas, positions=positions)
         return positions, visibility
 
     def get_input_embeddings(self) -> nn.Module:
@@ -198,6 +202,23 @@ class MultimodalModel(PreTrainedModel):
         """Only what no file holds: tables that timm computes. `initialise` makes a new model's weights."""
         if callable(compute := getattr(module, "init_non_persistent_buffers", None)):
             compute()
+
+
+def predicting_rows(
+    hidden: Tensor, positions: Tensor, visibility: Visibility, cache: KVCache | None, context: Visibility | None
+) -> Tensor:
+    """Hidden rows [B, L, D] in the places of the tokens that they predict, for models whose logits are shifted by one.
+
+    A token is predicted by the row that it sees at the position before its own, in the cache too (`context` is what
+    that held before this forward); the first of a document, which sees none, by its own row.
+    """
+    known, places = hidden, positions
+    if cache is not None:
+        known, places = cache.recall(hidden, positions)
+    before = visibility.dense(context)[:, 0] & (places[:, None] == positions[:, :, None] - 1)  # [B, L, K]
+    own = torch.arange(hidden.shape[1], device=hidden.device) + known.shape[1] - hidden.shape[1]
+    row = torch.where(before.any(-1), before.int().argmax(-1), own)
+    return known.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def gather_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:

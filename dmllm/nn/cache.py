@@ -26,6 +26,8 @@ class KVCache:
         self.storing = True
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._hidden: Tensor | None = None
+        self._positions: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -51,6 +53,17 @@ class KVCache:
             known = self.visibility
             self.visibility = visibility if known is None else Visibility.cat(known, visibility)
 
+    def recall(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The stored rows' last hidden states and positions followed by these, [B, K + L, D] and [B, K + L].
+
+        For models in which a row predicts the token after it: the last stored row predicts the first new one.
+        """
+        if self._hidden is not None and self._positions is not None:
+            hidden, positions = torch.cat([self._hidden, hidden], 1), torch.cat([self._positions, positions], 1)
+        if self.storing:
+            self._hidden, self._positions = hidden, positions
+        return hidden, positions
+
     def select(self, rows: Tensor) -> KVCache:
         """The cache of some rows of the batch (`rows` [B'] int64), when the others are finished."""
         chosen = KVCache()
@@ -58,4 +71,6 @@ class KVCache:
         chosen.visibility = None if self.visibility is None else self.visibility.select(rows)
         chosen._keys = [k.index_select(0, rows) for k in self._keys]
         chosen._values = [v.index_select(0, rows) for v in self._values]
+        chosen._hidden = None if self._hidden is None else self._hidden.index_select(0, rows)
+        chosen._positions = None if self._positions is None else self._positions.index_select(0, rows)
         return chosen

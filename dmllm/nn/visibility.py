@@ -88,15 +88,27 @@ def visible(q_rank, q_canvas, q_document, k_rank, k_canvas, k_document) -> Tenso
 LAYOUTS = ("full", "prefix", "causal")
 
 
-def layout(kind: str, *, documents: Tensor, canvas: Tensor) -> Visibility:
+def check_layout(kind: str) -> int | None:
+    """N of "block:N", None of another name. Raises ValueError for what is no layout."""
+    if kind in LAYOUTS:
+        return None
+    name, _, number = kind.partition(":")
+    if name != "block" or not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"visibility={kind!r} is not one of {', '.join(LAYOUTS)}, or block:N such as block:4.")
+    return int(number)
+
+
+def layout(kind: str, *, documents: Tensor, canvas: Tensor, positions: Tensor | None = None) -> Visibility:
     """Ranks for a stream of given and noised rows, by the name a checkpoint carries.
 
     Args:
         kind: "full": every row on one canvas, all see all of their document (LLaDA, MDLM). "prefix": the canvas sees
             all, what is given sees only what is given (LaViDa); rows of document PREFIX see only each other.
-            "causal": every row sees itself and what precedes it.
+            "causal": every row sees itself and what precedes it. "block:N": every row sees its block of N positions and
+            the blocks before it (SDAR, LLaDA2).
         documents: [B, L] int64.
         canvas: [B, L] bool, the rows that are (or may be) noised.
+        positions: [B, L], counted from each document's start; needed where rows are not laid out in order.
 
     Raises:
         ValueError: unknown kind, or PREFIX rows under "full", where the prefix would have to see every document.
@@ -107,7 +119,7 @@ def layout(kind: str, *, documents: Tensor, canvas: Tensor) -> Visibility:
     if kind == "prefix":
         rank = torch.where(documents == PREFIX, -2, torch.where(canvas, 0, -1))
         return Visibility(rank, canvas & (documents != PREFIX), documents)
-    if kind == "causal":
-        rank = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-        return Visibility(rank, torch.zeros_like(canvas), documents)
-    raise ValueError(f"visibility={kind!r} is not one of {', '.join(LAYOUTS)}.")
+    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    place = place if positions is None else positions
+    rank = place if kind == "causal" else place // (check_layout(kind) or 1)
+    return Visibility(rank, torch.zeros_like(canvas), documents)

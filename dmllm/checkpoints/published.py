@@ -1,0 +1,142 @@
+"""Published checkpoints, read and written through their family's tables, one weight at a time.
+
+Reading goes shard by shard into a model without storage, so that memory holds one copy of the weights and one shard's
+mapped pages. Nothing of a checkpoint is executed. What is missing, left over or wrongly shaped is named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmllm.checkpoints.weights import refuse_keys, weight_files
+from dmllm.config import to_dict
+from dmllm.families import FAMILIES, Family
+from dmllm.families.family import Stack, to_ours, to_theirs
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.multimodal import MultimodalModel
+
+
+def read_published(
+    folder: Path, family: Family, config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype | None
+) -> MultimodalModel:
+    """The model of a published checkpoint, ready for evaluation.
+
+    Raises:
+        ValueError: a field that our parts do not compute, or a weight too few, too many or of another shape; named.
+        FileNotFoundError: a shard is missing.
+    """
+    try:
+        ours = DmllmConfig(**family.config(config), family=family.name, published=dict(config))
+    except ValueError as error:
+        raise ValueError(f"{folder} ({family.title}): {error}") from None
+    with init_empty_weights(include_buffers=False):
+        model = MultimodalModel(ours)
+    filling = _Filling(model, family, folder, device, dtype)
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                filling.take(name, shard.get_tensor(name))
+    filling.finish()
+    return model.to(device).eval()
+
+
+class _Filling:
+    """Parameters that get their values in any order."""
+
+    def __init__(
+        self, model: MultimodalModel, family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None
+    ):
+        self.model, self.family, self.folder, self.device, self.dtype = model, family, folder, device, dtype
+        self.wanted = dict(model.named_parameters())  # tied weights once
+        self.missing: dict[str, set[int] | None] = dict.fromkeys(self.wanted)
+        self.unexpected: list[str] = []
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Put one published weight where it belongs."""
+        if any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+            return
+        try:
+            parts = list(to_ours(self.family.keys, name, tensor, self.model.config.backbone))
+        except ValueError as error:
+            raise ValueError(f"{self.folder} ({self.family.title}): {error}") from None
+        if not parts or any(ours not in self.wanted for ours, _, _ in parts):
+            self.unexpected.append(name)
+            return
+        for ours, place, values in parts:
+            self._put(ours, place, values, name)
+
+    def _put(self, ours: str, place: int | None, values: Tensor, name: str) -> None:
+        wanted = self.wanted[ours]
+        shape = wanted.shape if place is None else wanted.shape[1:]
+        if values.shape != shape:
+            raise ValueError(
+                f"{self.folder} ({self.family.title}): {name} is {list(values.shape)}, but config.json makes it "
+                f"{list(shape)} ({ours})."
+            )
+        values = values.to(device=self.device, dtype=self.dtype or values.dtype)
+        if place is None:
+            _assign(self.model, ours, values)
+            self.missing.pop(ours, None)
+            return
+        if wanted.device.type == "meta":
+            _assign(self.model, ours, torch.empty(wanted.shape, dtype=values.dtype, device=self.device))
+            self.wanted[ours] = self.model.get_parameter(ours)
+            self.missing[ours] = set(range(wanted.shape[0]))
+        self.wanted[ours].data[place] = values
+        left = self.missing.get(ours)
+        if left is not None:
+            left.discard(place)
+            if not left:
+                self.missing.pop(ours)
+
+    def finish(self) -> None:
+        """Raise ValueError unless everything was there and had a place, in the names of the checkpoint."""
+        lacking = []
+        for name, places in self.missing.items():
+            numbers = [""] if places is None else [f" (number {place})" for place in sorted(places)]
+            lacking += [f"{self._published_name(name)}{number}" for number in numbers]
+        refuse_keys(lacking, self.unexpected, self.folder, f"{self.family.title} with this config.json")
+        self.model.tie_weights()
+
+    def _published_name(self, ours: str) -> str:
+        empty = {ours: torch.empty(1)}
+        keys = tuple(key for key in self.family.keys if not isinstance(key, Stack))
+        try:
+            return next((theirs for theirs, _ in to_theirs(keys, empty)), f"(part of ours: {ours})")
+        except ValueError:
+            return f"(ours: {ours})"
+
+
+def _assign(model: torch.nn.Module, name: str, values: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, leaf, torch.nn.Parameter(values, requires_grad=values.is_floating_point()))
+
+
+def write_published(model: MultimodalModel, folder: str | Path) -> Path:
+    """The model as its authors' checkpoint: their names, their config.json. The inverse of `read_published`, to the bit.
+
+    Raises:
+        ValueError: the model did not come from a published checkpoint.
+    """
+    config = model.config
+    if config.family is None or config.published is None:
+        raise ValueError("Only a model that came from a published checkpoint can be written as one; this one did not.")
+    family: Family = FAMILIES.load(config.family)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    theirs = {name: tensor.contiguous().clone() for name, tensor in to_theirs(family.keys, weights)}
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(to_dict(config.published), indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,149 @@
+"""What a published line of models is to this framework: data, from which one loader does the rest.
+
+A family says how to tell its `config.json`, what of ours that configuration describes, what its weights are called, and
+how the authors ask it. Loading is strict both ways: a field with a value that our parts do not compute is refused by
+name, and so is a weight too few, too many or of the wrong shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One published weight is one of ours. `{n}`, `{e}` stand for numbers: "h.{n}.w" <-> "layers.{n}.weight"."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One published weight holds several of ours, one below the other, of `rows` rows each (from our configuration)."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    rows: Callable[[Fields], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Published weights numbered by `{e}` are one of ours with a dimension more in front."""
+
+    theirs: str
+    ours: str
+
+
+Key = Rename | Split | Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One published line of models."""
+
+    name: str
+    title: str
+    """The models, as people call them."""
+    source: str
+    """Paper, and the code whose behaviour this reproduces."""
+    recognise: Callable[[Fields], bool]
+    """Whether a published config.json is of this family."""
+    config: Callable[[Fields], dict[str, Any]]
+    """Published config.json -> fields of `DmllmConfig`. Raises ValueError for what our parts do not compute."""
+    keys: tuple[Key, ...]
+    """Published names of weights <-> ours, each of ours exactly once."""
+    ignored: tuple[str, ...] = ()
+    """Published weights that are computed, not learned; regular expressions."""
+    chat_template: str | None = None
+    """jinja; None is that of the folder's tokenizer."""
+    processor: Fields = field(default_factory=dict)
+    """Fields of `ProcessorConfig`, tiling included, that the authors' preprocessing amounts to."""
+    decode: Fields = field(default_factory=dict)
+    """The authors' decode settings, fields of `DecodeConfig`."""
+    verified: str = ""
+    """What was compared with the authors' code, and by which test."""
+
+
+def require(config: Fields, **expected: Any) -> None:
+    """Raise ValueError for the first field that is there with another value: our parts would compute something else."""
+    for name, wanted in expected.items():
+        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+        if name in config and config[name] not in allowed:
+            raise ValueError(
+                f"config.json: {name}={config[name]!r} is not supported; {' or '.join(map(repr, allowed))} is."
+            )
+
+
+def need(config: Fields, name: str, *others: str) -> Any:
+    """The first of these fields that is there and not null. Raises ValueError if none is."""
+    for key in (name, *others):
+        if config.get(key) is not None:
+            return config[key]
+    raise ValueError(f"config.json lacks {name}{''.join(f' (or {other})' for other in others)}.")
+
+
+# Weights, one at a time
+
+
+def to_ours(keys: tuple[Key, ...], name: str, tensor: Tensor, ours: Fields) -> Iterator[tuple[str, int | None, Tensor]]:
+    """What one published weight is in ours: (name, place in a stack or None, values); nothing if it has no place."""
+    for key in keys:
+        found = _pattern(key.theirs).fullmatch(name)
+        if found is None:
+            continue
+        numbers = found.groupdict()
+        if isinstance(key, Rename):
+            yield _fill(key.ours, numbers), None, tensor
+        elif isinstance(key, Split):
+            rows = key.rows(ours)
+            if sum(rows) != tensor.shape[0]:
+                raise ValueError(f"{name} has {tensor.shape[0]} rows; the configuration says {'+'.join(map(str, rows))}.")
+            for part, values in zip(key.ours, tensor.split(rows), strict=True):
+                yield _fill(part, numbers), None, values
+        else:
+            yield _fill(key.ours, numbers), int(numbers["e"]), tensor
+        return
+
+
+def to_theirs(keys: tuple[Key, ...], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our weights under their published names. Raises ValueError for one that has none."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in weights.items():
+        for key in keys:
+            places = key.ours if isinstance(key, Split) else (key.ours,)
+            matches = [(i, m) for i, part in enumerate(places) if (m := _pattern(part).fullmatch(name))]
+            if not matches:
+                continue
+            place, found = matches[0]
+            numbers = found.groupdict()
+            if isinstance(key, Rename):
+                yield _fill(key.theirs, numbers), tensor
+            elif isinstance(key, Stack):
+                for number, one in enumerate(tensor):
+                    yield _fill(key.theirs, {**numbers, "e": str(number)}), one
+            else:
+                held = parts.setdefault(_fill(key.theirs, numbers), {})
+                held[place] = tensor
+                if len(held) == len(places):
+                    yield _fill(key.theirs, numbers), torch.cat([held[i] for i in range(len(places))])
+            break
+        else:
+            raise ValueError(f"{name} has no published name in this family.")
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
+    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", escaped))
+
+
+def _fill(template: str, numbers: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda found: numbers[found.group(1)], template)
