@@ -28,6 +28,7 @@ TEMPLATE = "report.html.jinja"
 REPORT, ANIMATION = "report.html", "denoising.gif"
 SAMPLES, MISTAKES = 8, 8  # pictures shown of each task
 SEED = 0  # of the choice among them
+SHOWN = 8  # model calls in which the animation writes its answer
 LARGEST = 512  # pixels; larger pictures are shrunk and stored as JPEG
 
 
@@ -207,7 +208,10 @@ def _animation(pipeline: Any, result: Results, answers: dict[str, Any], folder: 
     parts: list[Part] = [{"type": "image", "image": image} for image in images]
     content = templated(task["prompt"], [*parts, {"type": "text", "text": chosen["question"]}])
     messages: list[Message] = [{"role": "user", "content": content}]
-    steps = list(pipeline.stream(messages, generator=SEED, **task["decode"][chosen["kind"]]))
+    decode = task["decode"][chosen["kind"]]
+    blocks = -(-decode["max_new_tokens"] // (decode["block_length"] or decode["max_new_tokens"]))
+    slowly = {**decode, "threshold": None, "steps": blocks * max(SHOWN // blocks, 1)}
+    steps = list(pipeline.stream(messages, generator=SEED, **slowly))
     gif = folder / ANIMATION
     save_gif(steps, gif, pipeline.token_texts, image=images[0], question=chosen["question"])
     return {
@@ -215,6 +219,7 @@ def _animation(pipeline: Any, result: Results, answers: dict[str, Any], folder: 
         "question": chosen["question"],
         "answer": pipeline.text(steps[-1]),
         "forwards": int(steps[-1].num_forwards[0]),
+        "asked": chosen["num_forwards"],
     }
 
 
