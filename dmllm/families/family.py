@@ -71,6 +71,10 @@ class Family:
     """The authors' decode settings, fields of `DecodeConfig`."""
     verified: str = ""
     """What was compared with the authors' code, and by which test."""
+    quirks: tuple[tuple[str, str, str], ...] = ()
+    """Where the authors' code does not do what it means: (what it does, "fixed" or the option that gives it, why)."""
+    example: Fields = field(default_factory=dict)
+    """A tiny published config.json, for random models: two or three layers, ids beyond those of 256 bytes."""
 
 
 def require(config: Fields, **expected: Any) -> None:
