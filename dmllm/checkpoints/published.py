@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dmllm.checkpoints.weights import refuse_keys, weight_files
+from dmllm.checkpoints.weights import refuse_keys, save_shards, shown, weight_files
 from dmllm.config import to_dict
 from dmllm.families import FAMILIES, Family
 from dmllm.families.family import Stack, to_ours, to_theirs
@@ -42,7 +41,8 @@ def read_published(
     with init_empty_weights(include_buffers=False):
         model = MultimodalModel(ours)
     filling = _Filling(model, family, folder, device, dtype)
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    for file in shown(files, f"loading {folder.name}"):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 filling.take(name, shard.get_tensor(name))
@@ -58,12 +58,18 @@ class _Filling:
     ):
         self.model, self.family, self.folder, self.device, self.dtype = model, family, folder, device, dtype
         self.wanted = dict(model.named_parameters())  # tied weights once
+        self.computed = family.computed_weights(model.config.published or {})
         self.missing: dict[str, set[int] | None] = dict.fromkeys(self.wanted)
         self.unexpected: list[str] = []
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Put one published weight where it belongs."""
         if any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+            return
+        if name in self.computed:
+            expected = self.computed[name]
+            if expected.shape != tensor.shape or not expected.allclose(tensor.float(), rtol=1e-2):
+                raise ValueError(f"{self.folder} ({self.family.title}): {name} is not what config.json makes it.")
             return
         try:
             parts = list(to_ours(self.family.keys, name, tensor, self.model.config.backbone))
@@ -120,7 +126,8 @@ class _Filling:
 def _assign(model: torch.nn.Module, name: str, values: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    setattr(module, leaf, torch.nn.Parameter(values, requires_grad=values.is_floating_point()))
+    learned = getattr(module, leaf).requires_grad and values.is_floating_point()
+    setattr(module, leaf, torch.nn.Parameter(values, requires_grad=learned))
 
 
 def write_published(model: MultimodalModel, folder: str | Path) -> Path:
@@ -129,14 +136,17 @@ def write_published(model: MultimodalModel, folder: str | Path) -> Path:
     Raises:
         ValueError: the model did not come from a published checkpoint.
     """
-    config = model.config
+    return write_weights(model.config, dict(model.named_parameters()), folder)
+
+
+def write_weights(config: DmllmConfig, weights: Mapping[str, Tensor], folder: str | Path) -> Path:
+    """Weights under our names as their authors' checkpoint, of the types they have. Raises as `write_published`."""
     if config.family is None or config.published is None:
         raise ValueError("Only a model that came from a published checkpoint can be written as one; this one did not.")
     family: Family = FAMILIES.load(config.family)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-    theirs = {name: tensor.contiguous().clone() for name, tensor in to_theirs(family.keys, weights)}
-    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = dict(to_theirs(family.keys, {name: tensor.detach() for name, tensor in weights.items()}))
+    save_shards(theirs | family.computed_weights(config.published), folder)
     (folder / "config.json").write_text(json.dumps(to_dict(config.published), indent=2) + "\n", encoding="utf-8")
     return folder

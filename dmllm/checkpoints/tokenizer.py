@@ -1,4 +1,4 @@
-"""A tokenizer for models from scratch: byte-level BPE with the special tokens and chat template of `data.chat`.
+"""Tokenizers for models from scratch: byte-level BPE with the special tokens and chat template of `data.chat`.
 
 All 256 bytes are in the alphabet, so any text has ids and comes back unchanged.
 """
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dmllm.data.chat import CHAT_TEMPLATE, SPECIAL_TOKENS
 from dmllm.data.sources import DataSource, open_source
+from dmllm.types import SpecialTokens
 
 SMALLEST = 256 + len(SPECIAL_TOKENS)
 
@@ -55,6 +56,30 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer(special: SpecialTokens, size: int) -> PreTrainedTokenizerFast | None:
+    """One id a byte around the special ids of a model with `size` rows of vocabulary; None where they are too few."""
+    names = {
+        number: text for name, text in SPECIAL_TOKENS.items() if (number := getattr(special, name, None)) is not None
+    }
+    free = [number for number in range(size) if number not in names]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if len(free) < len(alphabet) or max(names) >= size:
+        return None
+    vocabulary = {f"<unused{number}>": number for number in free[len(alphabet) :]}
+    vocabulary |= dict(zip(alphabet, free)) | {text: number for number, text in names.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=names[special.eos],
+        pad_token=names[special.pad],
+        mask_token=names[special.mask],
+        extra_special_tokens=[names[special.image]] if special.image in names else [],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _isolating(pattern: str) -> pre_tokenizers.PreTokenizer:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dmllm.hub import find
 
 WEIGHTS = "model.safetensors|model.safetensors.index.json"
+SHARD = 5 * 10**9  # bytes of a file that is written
+LARGE = 10**9  # bytes from which reading is shown on a terminal
 
 
 def read_weights(folder: Path, *, prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -53,6 +58,43 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"The folder {folder} lacks {name}, which {first.name} lists.")
     return [folder / name for name in names]
+
+
+def shown(files: Sequence[Path], what: str) -> Iterator[Path]:
+    """The files one after another, with a bar of the bytes done on stderr where they are many and it is a terminal."""
+    sizes = [file.stat().st_size for file in files]
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    hidden = sum(sizes) < LARGE or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(what, total=sum(sizes))
+        for file, size in zip(files, sizes, strict=True):
+            yield file
+            progress.advance(task, size)
+
+
+def save_shards(weights: Mapping[str, Tensor], folder: Path, *, size: int = SHARD) -> None:
+    """Write model.safetensors, or shards of at most `size` bytes (or one weight) with their index."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in weights.items():
+        if shards[-1] and held + tensor.nbytes > size:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += tensor.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        # Parts of one tensor would be refused as shared memory, so each is written from a copy of its own.
+        part = {name: weights[name].cpu().contiguous().clone() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in weights.values())
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_keys(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, what: str) -> None:

@@ -34,6 +34,25 @@ KEYS = (
     ),
 )
 
+EXAMPLE = {
+    "architectures": ["DreamModel"],
+    "model_type": "Dream",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 320,
+    "mask_token_id": 302,
+    "bos_token_id": 300,
+    "eos_token_id": 300,
+    "pad_token_id": 300,
+}
+
 
 def backbone(config: Fields) -> dict[str, Any]:
     """The fields of `TransformerConfig` from those that Llama, Qwen2 and Qwen3 share."""
@@ -72,4 +91,5 @@ DREAM = Family(
     ignored=(r".*rotary_emb\.inv_freq",),
     decode={"max_new_tokens": 128, "steps": 128, "schedule": "time", "remasking": "entropy"},
     verified="logits, generations, forwards: tests/families/test_dream.py",
+    example=EXAMPLE,
 )

@@ -35,6 +35,29 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+EXAMPLE = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "activation_type": "silu",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rms_norm_eps": 1e-5,
+    "rope": True,
+    "rope_theta": 500000.0,
+    "d_model": 64,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "n_layers": 2,
+    "mlp_hidden_size": 96,
+    "vocab_size": 320,
+    "embedding_size": 320,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "weight_tying": False,
+    "mask_token_id": 302,
+    "eos_token_id": 300,
+    "pad_token_id": 300,
+}
 
 
 def backbone(config: Fields) -> dict[str, Any]:
@@ -92,4 +115,5 @@ LLADA = Family(
     chat_template=CHAT_TEMPLATE,
     decode={"max_new_tokens": 128, "steps": 128, "block_length": 32},
     verified="logits, generations, forwards, guidance, likelihood: tests/families/test_llada.py",
+    example=EXAMPLE,
 )
