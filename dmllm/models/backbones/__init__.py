@@ -4,4 +4,10 @@ from __future__ import annotations
 
 from dmllm.registry import Table
 
-BACKBONES = Table("backbone", {"transformer": "dmllm.models.backbones.transformer:TRANSFORMER"})
+BACKBONES = Table(
+    "backbone",
+    {
+        "transformer": "dmllm.models.backbones.transformer:TRANSFORMER",
+        "dit": "dmllm.models.backbones.dit:DIT",
+    },
+)

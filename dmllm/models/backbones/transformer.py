@@ -1,14 +1,15 @@
 """The transformer under every model here: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
 It knows nothing of objectives or sampling: what a row may see arrives as a `Visibility`, what was computed before as a
-cache, soft tokens as embeddings. With its switches (`qk_norm`, `qkv_bias`, untied head, `head_dim`) it has the shapes
-of LLaDA (arXiv:2502.09992), Dream / Qwen2 and SDAR / Qwen3.
+cache, soft tokens as embeddings. With its switches (`qk_norm`, `qkv_bias`, untied head, `head_dim`, `rotary_dim`, `moe`)
+it has the shapes of LLaDA (arXiv:2502.09992), Dream / Qwen2, SDAR / Qwen3, LLaDA-MoE and LLaDA2.
 
 Shapes: B rows, L tokens, D hidden, H query heads, G key/value heads, d head dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dmllm.nn.cache import KVCache
+from dmllm.nn.feed_forward import FeedForward
+from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Ragged, ragged
 from dmllm.nn.rope import rotary_tables, rotate
 from dmllm.nn.visibility import Visibility
+from dmllm.types import PADDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +51,14 @@ class TransformerConfig:
     """Added to the mean square before the root."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    rotary_dim: int | None = None
+    """Leading features of each head that positions turn; the others stay as they are. None: all."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before rotation (Qwen3, SDAR)."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2, Dream)."""
+    moe: MoEConfig | None = None
+    """Experts in place of one feed-forward (LLaDA-MoE, LLaDA2), as the fields of `MoEConfig`; None: no experts."""
     tie_word_embeddings: bool = False
     """One matrix for the embedding and the vocabulary projection."""
     attention: str = "auto"
@@ -60,6 +68,12 @@ class TransformerConfig:
     """Standard deviation of the initial weights; output projections are further divided by sqrt(2 * layers)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.moe, Mapping):
+            object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_width):
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} must be even and at most the head's width, {self.head_width}."
+            )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -82,13 +96,17 @@ class TransformerConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_width(self) -> int:
+        return self.rotary_dim or self.head_width
+
+    @property
     def inner_width(self) -> int:
         return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a backbone returns: hidden rows [B, L, D] after the last norm, and further losses by name."""
+    """What a backbone returns: hidden rows [B, L, D] after the last norm; `aux`: of experts in training, see `nn.moe.balance`."""
 
     hidden: Tensor
     aux: dict[str, Tensor]
@@ -128,20 +146,6 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        width, inner = config.hidden_size, config.inner_width
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the stream."""
 
@@ -150,11 +154,19 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        moe, width = config.moe, config.hidden_size
+        if moe is None or layer in moe.dense_layers:
+            self.mlp = FeedForward(width, config.inner_width)
+        else:
+            self.mlp = MixtureOfExperts(width, moe)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cache: KVCache | None
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        added = self.mlp(self.post_attention_layernorm(x))
+        added, routing = added if isinstance(added, tuple) else (added, None)
+        return x + added, routing
 
 
 class Transformer(nn.Module):
@@ -191,28 +203,25 @@ class Transformer(nn.Module):
 
         `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
         """
-        mask = self._mask(visibility, cache, embeds.device)
+        mask = attention_mask(self.config.attention, visibility, cache, embeds.device)
         x = embeds
         if isinstance(mask, Ragged):
             x, positions = mask.gather(embeds), mask.gather(positions)
-        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta, embeds.dtype)
+        rotary = rotary_tables(positions, self.config.rotary_width, self.config.rope_theta, embeds.dtype)
+        routings = []
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
+                x, routing = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache)
+                x, routing = block(x, rotary, mask, cache)
+            if self.training and routing is not None:
+                routings.append(routing)
         if cache is not None:
             cache.finish(visibility)
+        real = None if isinstance(mask, Ragged) else (visibility.document != PADDING).flatten()
+        aux = balance(routings, real) if routings else {}
         x = self.norm(x)
-        return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, {})
-
-    def _mask(self, visibility: Visibility, cache: KVCache | None, device: torch.device) -> Tensor | BlockMask | Ragged:
-        """The rule in the form that this device computes best; rows behind a cache keep to the masked forms."""
-        form = self.config.attention
-        if cache is None and (form == "ragged" or (form == "auto" and device.type == "cpu")):
-            return ragged(visibility)
-        context = None if cache is None else cache.visibility
-        return visibility.flex(context) if form == "flex" else visibility.dense(context)
+        return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, aux)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -222,8 +231,18 @@ class Transformer(nn.Module):
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                back = name.endswith(("o_proj.weight", "down_proj.weight"))
+                back = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 nn.init.normal_(parameter, std=std / (2 * len(self.layers)) ** 0.5 if back else std)
+
+
+def attention_mask(
+    form: str, visibility: Visibility, cache: KVCache | None, device: torch.device
+) -> Tensor | BlockMask | Ragged:
+    """The rule in `form`, or in the one that this device computes best; rows behind a cache keep to masked forms."""
+    if cache is None and (form == "ragged" or (form == "auto" and device.type == "cpu")):
+        return ragged(visibility)
+    context = None if cache is None else cache.visibility
+    return visibility.flex(context) if form == "flex" else visibility.dense(context)
 
 
 _flex = torch.compile(flex_attention, dynamic=False)
