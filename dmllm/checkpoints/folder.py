@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from dmllm.checkpoints.card import model_card
 from dmllm.checkpoints.published import read_published
+from dmllm.checkpoints.tokenizer import read_tokenizer
 from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
 from dmllm.config import to_dict
 from dmllm.data.processor import Processor, ProcessorConfig
@@ -98,14 +98,14 @@ def load(
     path_or_name: str | Path,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     revision: str | None = None,
 ) -> Loaded:
     """Read a folder, the folder of a packaged model, or a hub name, for evaluation.
 
     Args:
         device: where the model goes; None is the CPU.
-        dtype: of the weights; None is the file's own, but float32 on a CPU.
+        dtype: of the weights; "auto" is the file's own, None that too, but float32 on a CPU.
         revision: branch, tag or commit of a hub name.
 
     Raises:
@@ -137,9 +137,10 @@ def load(
     return Loaded(model=model.to(device).eval(), processor=processor, generation=generation)
 
 
-def _load_published(folder: Path, family: Family, device: torch.device, dtype: torch.dtype | None) -> Loaded:
-    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
-    model = read_published(folder, family, _read(folder / CONFIG), device=device, dtype=dtype)
+def _load_published(folder: Path, family: Family, device: torch.device, dtype: Any) -> Loaded:
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    published = _read(folder / CONFIG)
+    model = read_published(folder, family, published, device=device, dtype=None if dtype == "auto" else dtype)
     set_decode_defaults(model, family.decode)
     processor = None
     if find(folder, TOKENIZER) is not None:
@@ -148,7 +149,9 @@ def _load_published(folder: Path, family: Family, device: torch.device, dtype: t
             **{key: value for key, value in family.processor.items() if key != "tiling"},
             tiling=None if tiling is None else TilingConfig(**tiling),
         )
-        processor = Processor(AutoTokenizer.from_pretrained(folder), config, model.config.special, family.chat_template)
+        with _quiet():
+            tokenizer = read_tokenizer(folder, family.tokenizer)
+        processor = Processor(tokenizer, config, model.config.special, family.chat_template)
     return Loaded(model=model, processor=processor, generation=dict(family.decode))
 
 

@@ -5,11 +5,14 @@ All 256 bytes are in the alphabet, so any text has ids and comes back unchanged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dmllm.data.chat import CHAT_TEMPLATE, SPECIAL_TOKENS
 from dmllm.data.sources import DataSource, open_source
@@ -56,6 +59,30 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
     return folder
+
+
+def read_tokenizer(folder: Path, kind: str | None = None) -> Any:
+    """The tokenizer of a published folder. A class that the folder brings as code is not run.
+
+    Args:
+        kind: the class of transformers to read it with, where the folder names one of its own and has no tokenizer.json.
+
+    Raises:
+        ValueError: the folder's tokenizer cannot be had without running its code.
+    """
+    file = folder / "tokenizer_config.json"
+    own = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("auto_map")
+    if not own:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not (folder / "tokenizer.json").is_file() and kind is None:
+        raise ValueError(
+            f"{folder}: its tokenizer is code, which is never run, and there is no tokenizer.json; write one with "
+            "transformers on a machine that trusts it (save_pretrained of a fast tokenizer)."
+        )
+    found = getattr(transformers, kind) if kind else PreTrainedTokenizerFast
+    tokenizer = found.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("auto_map", None)  # it would be written with the tokenizer, and asked for again
+    return tokenizer
 
 
 def byte_tokenizer(special: SpecialTokens, size: int) -> PreTrainedTokenizerFast | None:

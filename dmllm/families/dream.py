@@ -89,6 +89,7 @@ DREAM = Family(
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
+    tokenizer="Qwen2Tokenizer",
     decode={"max_new_tokens": 128, "steps": 128, "schedule": "time", "remasking": "entropy"},
     verified="logits, generations, forwards: tests/families/test_dream.py",
     example=EXAMPLE,

@@ -65,6 +65,8 @@ class Family:
     """Published weights that are computed, not learned; regular expressions."""
     chat_template: str | None = None
     """jinja; None is that of the folder's tokenizer."""
+    tokenizer: str | None = None
+    """The class of transformers that reads its vocab.json and merges.txt, where a checkpoint names one of its own."""
     processor: Fields = field(default_factory=dict)
     """Fields of `ProcessorConfig`, tiling included, that the authors' preprocessing amounts to."""
     decode: Fields = field(default_factory=dict)
