@@ -41,7 +41,9 @@ from dmllm.types import IGNORE, Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # As in data_configs/dmllm_tiny.yaml, but at rates that leave the weights nearly as they are.
-OBJECTIVE = ObjectiveConfig(options={"weight": "none", "reduction": "answer_length", "complementary": True})
+OBJECTIVE = ObjectiveConfig(
+    options={"weight": "none", "reduction": "answer_length", "complementary": True, "padding_as_one": True}
+)
 OPTIMISER = OptimiserConfig(name="muon", lr=1e-6, muon_lr=1e-6, weight_decay=0.01)
 CACHED, UNCACHED = "prompt cached", "no cache"
 AS_SET, SINGLY = "as set", "a token a call"
