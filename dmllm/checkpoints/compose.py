@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.models.projectors import ProjectorConfig
 from dmllm.models.vision import VisionConfig, VisionEncoder, resolve_vision
+from dmllm.nn.visibility import check_layout
 from dmllm.registry import nearest
 from dmllm.tiling import TilingConfig
 
@@ -60,8 +61,11 @@ class ModelSpec:
     """Fields of `ProcessorConfig` other than tiling, e.g. {turns: each, image_prefix: true, max_length: 512}."""
     chat_template: str | None = None
     """A jinja file; null is the tokenizer's own, or that of `data.chat` if it has none."""
-    visibility: Literal["full", "prefix", "causal"] | None = None
-    """Who sees whom: full (everything), prefix (the prompt does not see the answer); null is full, or the
+    visibility: str | None = None
+    """Who sees whom: full (everything), prefix (the prompt does not see the answer), causal, or block:N (each block of
+    N tokens sees itself and what is before it); null is full, or the checkpoint's."""
+    shift: bool | None = None
+    """Whether a token is predicted by the row before it, as a causal language model has learned; null is no, or the
     checkpoint's."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Decode defaults for checkpoints, fields of `DecodeConfig`, e.g. {max_new_tokens: 64, threshold: 0.9}."""
@@ -103,7 +107,10 @@ def _continue(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
         tiling = _tiling({**(to_dict(tiling) if tiling else {}), **spec.tiling}, model)
     config = replace(before.config, **spec.processor, tiling=tiling)
     if spec.visibility is not None:
+        check_layout(spec.visibility)
         model.config.visibility = spec.visibility
+    if spec.shift is not None:
+        model.config.shift = spec.shift
     folder.set_decode_defaults(model, {**loaded.generation, **spec.generation})
     return model, Processor(before.tokenizer, config, before.special, _template(spec) or before.chat_template)
 
@@ -129,6 +136,7 @@ def _build(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
         image_token_id=special.image,
         visibility=spec.visibility or "full",
         row_break=bool(spec.tiling.get("row_break")),
+        shift=bool(spec.shift),
     )
     model = MultimodalModel(config, load_vision_weights=True)
     model.initialise()

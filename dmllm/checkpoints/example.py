@@ -1,7 +1,7 @@
 """A random model of any family, in its published format: to try pipelines, servers and converters without weights.
 
-It is the family's tiny `example` config.json, or that with more width and depth, or one's own; the weights are drawn and
-written under the authors' names. Where the vocabulary has room for the 256 bytes, a byte-level tokenizer is written
+It is the family's tiny `example` config.json, or that with more width and depth, or one's own; the weights are drawn
+and written under the authors' names. Where the vocabulary has room for the 256 bytes, a byte-level tokenizer is written
 too, so that the model can be asked; it answers noise.
 """
 
@@ -75,12 +75,7 @@ def _grown(fields: Mapping[str, Any]) -> dict[str, Any]:
     layers = next((fields[name] for name in DEPTHS if name in fields), None)
     grown: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, Mapping):
-            grown[name] = _grown(value)
-        elif type(value) is int and name in (*WIDTHS, *DEPTHS):
-            grown[name] = value * GROWTH
-        elif isinstance(value, list) and layers is not None and len(value) == layers and name != "architectures":
-            grown[name] = value * GROWTH
-        else:
-            grown[name] = value
+        layered = isinstance(value, list) and len(value) == layers and name != "architectures"
+        grows = layered or (type(value) is int and name in (*WIDTHS, *DEPTHS))
+        grown[name] = _grown(value) if isinstance(value, Mapping) else value * GROWTH if grows else value
     return grown

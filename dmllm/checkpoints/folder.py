@@ -75,7 +75,7 @@ def save(
     try:
         with _quiet():
             model.save_pretrained(new, state_dict=_cast(model.state_dict(), dtype))
-        config = {key: value for key, value in _read(new / CONFIG).items() if key != DECODE}
+        config = {key: value for key, value in read_json(new / CONFIG).items() if key != DECODE}
         _write(new / CONFIG, config if dtype is None else {**config, "dtype": str(dtype).removeprefix("torch.")})
         if processor is not None:
             processor.save_pretrained(new)
@@ -114,11 +114,11 @@ def load(
     """
     folder = resolve(path_or_name, revision=revision)
     device = torch.device(device or "cpu")
-    if model_type(folder) != DmllmConfig.model_type and (family := family_of(_read(folder / CONFIG))):
+    if model_type(folder) != DmllmConfig.model_type and (family := family_of(read_json(folder / CONFIG))):
         return _load_published(folder, family, device, dtype)
     config = read_config(folder)
     kept: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    generation = _read(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     generation.pop("transformers_version", None)
     with _quiet():
         loaded: Any = MultimodalModel.from_pretrained(
@@ -139,7 +139,7 @@ def load(
 
 def _load_published(folder: Path, family: Family, device: torch.device, dtype: Any) -> Loaded:
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    published = _read(folder / CONFIG)
+    published = read_json(folder / CONFIG)
     model = read_published(folder, family, published, device=device, dtype=None if dtype == "auto" else dtype)
     set_decode_defaults(model, family.decode)
     processor = None
@@ -186,7 +186,7 @@ def read_config(folder: Path) -> DmllmConfig:
 
 def model_type(folder: Path) -> str | None:
     """What kind of model a folder says it holds."""
-    return _read(folder / CONFIG).get("model_type")
+    return read_json(folder / CONFIG).get("model_type")
 
 
 def resolve(path_or_name: str | Path, *, revision: str | None = None) -> Path:
@@ -238,7 +238,8 @@ def _cast(weights: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises ValueError where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -47,7 +47,8 @@ def read_published(
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 filling.take(name, shard.get_tensor(name))
     filling.finish()
-    return model.to(device).eval()
+    placed: Any = model  # its buffers too
+    return placed.to(device).eval()
 
 
 class _Filling:
@@ -131,12 +132,12 @@ def _assign(model: torch.nn.Module, name: str, values: Tensor) -> None:
 
 
 def write_published(model: MultimodalModel, folder: str | Path) -> Path:
-    """The model as its authors' checkpoint: their names, their config.json. The inverse of `read_published`, to the bit.
+    """The model as its authors' checkpoint: their names, their config.json. Undoes `read_published`, to the bit.
 
     Raises:
         ValueError: the model did not come from a published checkpoint.
     """
-    return write_weights(model.config, dict(model.named_parameters()), folder)
+    return write_weights(cast(DmllmConfig, model.config), dict(model.named_parameters()), folder)
 
 
 def write_weights(config: DmllmConfig, weights: Mapping[str, Tensor], folder: str | Path) -> Path:

@@ -65,7 +65,8 @@ def read_tokenizer(folder: Path, kind: str | None = None) -> Any:
     """The tokenizer of a published folder. A class that the folder brings as code is not run.
 
     Args:
-        kind: the class of transformers to read it with, where the folder names one of its own and has no tokenizer.json.
+        kind: the class of transformers to read it with, where the folder names one of its own; None: its
+            tokenizer.json says all.
 
     Raises:
         ValueError: the folder's tokenizer cannot be had without running its code.

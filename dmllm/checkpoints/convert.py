@@ -1,0 +1,112 @@
+"""From one format to another: a published folder into ours, ours back into it, a causal language model into a start.
+
+    published --> dmllm    the model and processor that `load` gives, with the weights as they are
+    dmllm --> published    their names and their config.json again, to the bit; for what came from a published folder
+    causal LM --> dmllm    the same blocks with another visibility: it can be trained to denoise (arXiv:2410.17891)
+
+A language model that was trained on the next token predicts a position from the row before it, and goes on doing so
+(`shift`): under causal visibility the converted model's aligned logits are the source's, moved by one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmllm.checkpoints import folder
+from dmllm.checkpoints.causal_lm import KINDS
+from dmllm.checkpoints.compose import ModelSpec, compose
+from dmllm.checkpoints.published import write_weights
+from dmllm.checkpoints.weights import read_weights, refuse_keys
+from dmllm.families import family_of
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.multimodal import MultimodalModel
+from dmllm.nn.visibility import check_layout
+
+FULL = "masked"  # what people call a model that denoises a canvas under full visibility
+OURS = (folder.PROCESSOR, folder.GENERATION)  # files that a published folder does not have
+
+
+def convert(
+    source: str,
+    out: str | Path,
+    *,
+    to: str = "dmllm",
+    shift: bool = True,
+    vision: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write `source` in another format and return the folder.
+
+    Args:
+        source: a folder, packaged name or hub name.
+        to: dmllm or published; or, for a causal language model, masked (every row sees every row) or block:N.
+        shift: for a causal language model, whether a token is predicted by the row before it, as it has learned.
+        vision: for a causal language model, the vision encoder that is put before it, e.g. timm:vit_small_patch16_224.
+        revision: of a hub name.
+
+    Raises:
+        ValueError: `source` cannot become that; says what it can.
+        FileExistsError: `out` holds files.
+    """
+    path, out = folder.resolve(source, revision=revision), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} holds files already; name another folder.")
+    if to == "dmllm":
+        return _to_dmllm(path, out)
+    if to == "published":
+        return _to_published(path, out)
+    visibility = "full" if to == FULL else to
+    try:
+        check_layout(visibility)
+    except ValueError:
+        raise ValueError(f"to={to!r} is not one of dmllm, published, {FULL}, or block:N such as block:32.") from None
+    return _to_denoiser(path, out, visibility, shift, vision)
+
+
+def _to_dmllm(path: Path, out: Path) -> Path:
+    kind = folder.model_type(path)
+    if kind == DmllmConfig.model_type:
+        raise ValueError(f"{path} is a dmllm folder already; its authors' format is: --to published.")
+    if family_of(folder.read_json(path / folder.CONFIG)) is None:
+        can = (
+            f"a causal language model, which can become a start: --to {FULL} or --to block:32" if kind in KINDS else ""
+        )
+        raise ValueError(f"{path} ({kind!r}) is {can or 'of no known family; `dmllm models` lists them'}.")
+    loaded = folder.load(path, dtype="auto")
+    return folder.save(out, loaded.model, loaded.processor, generation=loaded.generation)
+
+
+def _to_published(path: Path, out: Path) -> Path:
+    """Weight by weight from the file, so that each keeps its type."""
+    if folder.model_type(path) != DmllmConfig.model_type:
+        raise ValueError(f"{path} is no dmllm folder; only one that came from a published checkpoint goes back.")
+    config = folder.read_config(path)
+    with torch.device("meta"):
+        model = MultimodalModel(config)
+    wanted, known = {name for name, _ in model.named_parameters()}, model.state_dict().keys()
+    weights = read_weights(path)
+    refuse_keys(wanted - weights.keys(), weights.keys() - known, path, f"the model of its {folder.CONFIG}")
+    write_weights(config, {name: weights[name] for name in weights if name in wanted}, out)
+    for pattern in folder.TOKENIZER_FILES:
+        for file in path.glob(pattern):
+            if not (out / file.name).exists() and file.name not in OURS and ".safetensors." not in file.name:
+                shutil.copyfile(file, out / file.name)
+    return out
+
+
+def _to_denoiser(path: Path, out: Path, visibility: str, shift: bool, vision: str | None) -> Path:
+    if folder.model_type(path) not in KINDS:
+        raise ValueError(
+            f"{path} ({folder.model_type(path)!r}) is no causal language model of a kind that can be converted; "
+            f"these can: {', '.join(KINDS)}."
+        )
+    block = check_layout(visibility)
+    generation: Mapping[str, Any] = {} if block is None else {"block_length": block}
+    spec = ModelSpec(backbone=str(path), vision=vision, visibility=visibility, shift=shift, generation=dict(generation))
+    model, processor = compose(spec)
+    return folder.save(out, model, processor)
