@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmllm.checkpoints import folder
 from dmllm.data.collate import collate
+from dmllm.nn.visibility import check_layout, layout
 from dmllm.predictor import Predictor, encode_distinct
 from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
 from dmllm.samplers.canvas import Canvas, reply_length
@@ -186,6 +187,7 @@ class Pipeline:
         images: Any = None,
         time: Tensor | None = None,
         canvas: Tensor | None = None,
+        visibility: str | None = None,
     ) -> Tensor:
         """Aligned logits [B, P, V]: entry [b, i] scores the token AT column i of the ids.
 
@@ -195,6 +197,10 @@ class Pipeline:
             time: [B] or [B, P], for models conditioned on it.
             canvas: [B, P] bool, the columns that are being denoised, for models whose prompt does not see them;
                 None is all.
+            visibility: who sees whom: full, prefix, causal, or block:N such as block:4; None is the model's own.
+
+        Raises:
+            ValueError: as `generate`; or an unknown visibility.
         """
         ids, asked = self._asked(input_ids, attention_mask, images)
         batch = self._collate([a.example for a in asked])
@@ -209,13 +215,24 @@ class Pipeline:
                 return None
             return (values.cpu().gather(1, columns) if values.ndim == 2 else values).to(device)
 
+        rule, columns_of_canvas = None, spread(canvas)
+        if visibility is not None:
+            check_layout(visibility)
+            real = batch.documents >= 0
+            rule = layout(
+                visibility,
+                documents=batch.documents,
+                canvas=real if columns_of_canvas is None else columns_of_canvas,
+                positions=batch.positions,
+            )
         found = self.model(
             input_ids=batch.input_ids,
             image_slots=batch.image_slots,
             image_features=features,
             documents=batch.documents,
             positions=batch.positions,
-            canvas=spread(canvas),
+            canvas=columns_of_canvas,
+            visibility=rule,
             time=spread(time),
             rows=torch.stack([own.rows for own in asked]).to(device),
         ).logits

@@ -437,3 +437,16 @@ def test_a_picture_in_several_tiles_with_row_breaks_goes_through_ids_as_through_
     out = pipeline.generate(example.input_ids[None], images=images, **TOKENS)
     assert out.sequences[0, len(example) :].tolist()[: len(reply.ids)] == reply.ids
     del pipeline.model.row_break
+
+
+def test_the_visibility_of_logits_can_be_chosen(pipeline: Pipeline) -> None:
+    """As a row sees less, its logits are those of a shorter text; in one block of all they are those of "full"."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    full = pipeline.logits(ids, visibility="full")
+    torch.testing.assert_close(pipeline.logits(ids, visibility="block:7"), full, atol=1e-5, rtol=0)
+    blocks = pipeline.logits(ids, visibility="block:2")
+    torch.testing.assert_close(blocks[:, :4], pipeline.logits(ids[:, :4], visibility="block:2"), atol=1e-5, rtol=0)
+    causal = pipeline.logits(ids, visibility="causal")
+    torch.testing.assert_close(causal[:, :1], pipeline.logits(ids[:, :1], visibility="full"), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="or block:N such as block:4"):
+        pipeline.logits(ids, visibility="blocks")
