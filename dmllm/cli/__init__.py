@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dmllm.cli.published import add_commands
+
 if TYPE_CHECKING:
     from dmllm.types import Step
 
-PACKAGED = Path(__file__).parent / "assets"
+PACKAGED = Path(__file__).parent.parent / "assets"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,20 +120,6 @@ def _read_line(console) -> str | None:  # type: ignore[no-untyped-def]
     except EOFError:
         return None
     return None if line in ("/quit", "/exit") else line
-
-
-def info(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """Parts, sizes, ids and decode defaults of a checkpoint."""
-    from rich.console import Console
-    from rich.table import Table as Sheet
-
-    from dmllm.pipeline import load
-
-    pipeline = load(arguments.model, device="cpu")
-    sheet = Sheet(show_header=False, box=None)
-    for name, value in pipeline.describe().items():
-        sheet.add_row(f"[bold]{name}[/]", str(value))
-    Console().print(sheet)
 
 
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -237,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--gif", help="save the denoising as an animation")
     p.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
 
-    command("info", info).add_argument("model")
+    add_commands(command)
 
     p = command("train", train, passes_on=True)
     p.add_argument("recipe", help="a training YAML such as data_configs/dmllm_tiny.yaml; --a.b=c overrides it")
@@ -277,7 +265,3 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True)
     p.add_argument("--isolate", help="regular expression of characters that stay one token each, e.g. '[A-Z0-9]'")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
