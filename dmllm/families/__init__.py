@@ -13,8 +13,17 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 FAMILIES = Table(
     "family",
     {
+        "lumina_dimoo": "dmllm.families.lumina_dimoo:LUMINA_DIMOO",  # before LLaDA, whose model type it has
+        "mmada": "dmllm.families.mmada:MMADA",
         "llada": "dmllm.families.llada:LLADA",
+        "llada_moe": "dmllm.families.llada_moe:LLADA_MOE",
+        "llada2": "dmllm.families.llada2:LLADA2",
         "dream": "dmllm.families.dream:DREAM",
+        "diffullama": "dmllm.families.diffullama:DIFFULLAMA",
+        "fast_dllm_v2": "dmllm.families.fast_dllm_v2:FAST_DLLM_V2",
+        "mdlm": "dmllm.families.mdlm:MDLM",
+        "mdlm_hub": "dmllm.families.mdlm:MDLM_HUB",
+        "bd3lm": "dmllm.families.bd3lm:BD3LM",
     },
 )
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmllm.families.image_vocabulary import ImageVocabulary
+
 Fields = Mapping[str, Any]
 
 
@@ -60,9 +62,14 @@ class Family:
     config: Callable[[Fields], dict[str, Any]]
     """Published config.json -> fields of `DmllmConfig`. Raises ValueError for what our parts do not compute."""
     keys: tuple[Key, ...]
-    """Published names of weights <-> ours, each of ours exactly once."""
+    """Published names of weights <-> ours, each of ours once; or more often, where checkpoints differ in what they call
+    it: then any of them is read and a checkpoint's own are written back, the first where there was none."""
     ignored: tuple[str, ...] = ()
-    """Published weights that are computed, not learned; regular expressions."""
+    """Published weights that are computed, not learned; regular expressions. They are not written back."""
+    computed: Callable[[Fields], dict[str, Tensor]] | None = None
+    """Published config.json -> tensors that follow from it: a checkpoint's must be these, and they are written back."""
+    beside: tuple[str, ...] = ()
+    """JSON files that may stand beside config.json; each is read as a field of it, of the file's name without ".json"."""
     chat_template: str | None = None
     """jinja; None is that of the folder's tokenizer."""
     tokenizer: str | None = None
@@ -71,12 +78,18 @@ class Family:
     """Fields of `ProcessorConfig`, tiling included, that the authors' preprocessing amounts to."""
     decode: Fields = field(default_factory=dict)
     """The authors' decode settings, fields of `DecodeConfig`."""
+    image_vocabulary: Callable[[Fields], ImageVocabulary | None] | None = None
+    """Published config.json -> where the codes of an image tokenizer lie in the vocabulary; None: nowhere."""
     verified: str = ""
     """What was compared with the authors' code, and by which test."""
     quirks: tuple[tuple[str, str, str], ...] = ()
     """Where the authors' code does not do what it means: (what it does, "fixed" or the option that gives it, why)."""
     example: Fields = field(default_factory=dict)
     """A tiny published config.json, for random models: two or three layers, ids beyond those of 256 bytes."""
+
+    def computed_weights(self, config: Fields) -> dict[str, Tensor]:
+        """The tensors that follow from a published config.json, under their published names."""
+        return self.computed(config) if self.computed else {}
 
 
 def require(config: Fields, **expected: Any) -> None:
@@ -98,6 +111,11 @@ def need(config: Fields, name: str, *others: str) -> Any:
 
 
 # Weights, one at a time
+
+
+def matches(key: Key, name: str) -> bool:
+    """Whether a published weight of this name is what the key speaks of."""
+    return _pattern(key.theirs).fullmatch(name) is not None
 
 
 def to_ours(keys: tuple[Key, ...], name: str, tensor: Tensor, ours: Fields) -> Iterator[tuple[str, int | None, Tensor]]:

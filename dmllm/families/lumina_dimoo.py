@@ -1,0 +1,81 @@
+"""Lumina-DiMOO 8B: LLaDA's transformer over text tokens and VQ codes, rows of codes ended by a newline token.
+
+Source: Xin et al., arXiv:2510.06308; code Alpha-VLLM/Lumina-DiMOO (config.py, model/, generators/, train/train.py).
+
+A question about pictures is the ids of `<system>...</system><user>question`, each picture as `<IMAGE> row newline row
+newline ... </IMAGE>`, then `</user>` and `<answer>`, behind which the mask tokens go: `ImageVocabulary.understanding`.
+
+Not seen: the config.json on the hub. The code's configuration is LLaDA's, model type "llada" included; the class's name
+tells the two apart. The vocabulary ends behind the codes (126356 + 8192 = 134548 rows, as the code assumes).
+"""
+
+from __future__ import annotations
+
+from dmllm.families.family import Family, Fields
+from dmllm.families.image_vocabulary import ImageVocabulary
+from dmllm.families.llada import EXAMPLE, KEYS, to_dmllm
+
+MASK = 126336
+CLASS = "LLaDAForMultiModalGeneration"
+SYSTEM = (
+    "You are a multimodal model that can process both text and images. Answer the following question based on the "
+    "provided images. Analyze each image and combine relevant details to answer."
+)
+IMAGES = ImageVocabulary(
+    offset=126356,
+    size=8192,
+    begin=126349,
+    end=126350,
+    mask=MASK,
+    newline=126084,
+    unconditional=126351,
+    answer=(126354, 126355),
+)
+# Its own code names no turns but these; a second question follows the first answer in the same form.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<system>' + '" + SYSTEM + "' + '</system>' }}{% endif %}"
+    "{% for message in messages %}{% set tag = {'assistant': 'answer'}.get(message['role'], message['role']) %}"
+    "{{ '<' + tag + '>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '</' + tag + '>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<answer>' }}{% endif %}"
+)
+
+
+def recognise(config: Fields) -> bool:
+    """LLaDA's model type, but the authors' class; or a model type of its own."""
+    return config.get("model_type") == "lumina_dimoo" or CLASS in (config.get("architectures") or ())
+
+
+def image_vocabulary(config: Fields) -> ImageVocabulary | None:
+    """The ids of pictures under the authors' tokenizer; None for another, of which no config.json tells them."""
+    return IMAGES if config.get("mask_token_id") == MASK else None
+
+
+LUMINA_DIMOO = Family(
+    name="lumina_dimoo",
+    title="Lumina-DiMOO 8B",
+    source="arXiv:2510.06308; Alpha-VLLM/Lumina-DiMOO",
+    recognise=recognise,
+    config=to_dmllm,
+    keys=KEYS,
+    ignored=(r".*rotary_emb\.inv_freq",),
+    chat_template=CHAT_TEMPLATE,
+    decode={"max_new_tokens": 1024, "steps": 128, "block_length": 256},
+    image_vocabulary=image_vocabulary,
+    quirks=(
+        (
+            "stops with a NameError at the end of a block that holds <|endoftext|>",
+            "fixed",
+            "the slice names variables that are not there; an answer ends at <|endoftext|>, as was meant",
+        ),
+        (
+            "inference_mmu.py ends the rows of a picture twice and cuts its codes to rows x columns entries",
+            "fixed",
+            "encode_img_with_breaks has put the newlines, begin and end already; training saw them once",
+        ),
+    ),
+    example={**EXAMPLE, "architectures": [CLASS], "vocab_size": 384, "embedding_size": 384},
+    verified="conversion and picture ids: tests/families/test_lumina_dimoo.py",
+)
