@@ -49,6 +49,8 @@ class MaskedConfig:
     answer nearly all tokens are padding, and hardly anything of the loss would be left for the answer."""
     at_least_one: bool = False
     """Hide at least one token of every answer (LaViDa); with weight elbo the loss is then no longer a bound."""
+    zero_masking: bool = False
+    """The mask token gets no probability (SUBS: MDLM, section 3.2.3); LLaDA's loss leaves it a share."""
     min_noise: float = 1e-3
     """Smallest noise probability drawn, LLaDA's and MDLM's epsilon; the weight 1/t is at most 1/min_noise."""
 
@@ -117,12 +119,16 @@ class Masked:
         logits = model(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
+            image_resizes=batch.image_resizes,
             image_slots=batch.image_slots,
             positions=batch.positions,
             visibility=noised.visibility,
             time=noised.time,
             rows=noised.rows,
         ).logits
+        if self.config.zero_masking:
+            mask = torch.arange(logits.shape[-1], device=logits.device) == self.special.mask
+            logits = logits.masked_fill(mask, -torch.inf)
         return {"masked": weighted_cross_entropy(logits, noised.targets, noised.weights, noised.counts["masked"])}
 
     def _times(self, documents: Tensor, draws: Draws) -> Tensor:

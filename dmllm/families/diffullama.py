@@ -1,0 +1,77 @@
+"""DiffuLLaMA: LLaMA-2 adapted to full attention; the row before a position predicts it.
+
+The weights are named as the authors' wrapper (`DiscreteDiffusionModel`) saves them, and config.json is a Llama's with
+the id of the mask token added: `mask_token_id`, 811 for the released 7B model, an old word of the vocabulary. That
+field tells such a folder from a Llama's.
+
+Source: Gong et al., arXiv:2410.17891; code HKUNLP/DiffuLLaMA (model.py, attention_patch.py, inf_diffullama.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmllm.families.dream import backbone
+from dmllm.families.family import Family, Fields, Rename, need, require
+
+LAYER = "denoise_model.layers.{n}."
+KEYS = (
+    Rename("embed_tokens.weight", "backbone.embed_tokens.weight"),
+    Rename("denoise_model.norm.weight", "backbone.norm.weight"),
+    Rename("lm_head.weight", "backbone.lm_head.weight"),
+    *(
+        Rename(f"{LAYER}{part}.weight", f"backbone.layers.{{n}}.{part}.weight")
+        for part in (
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+            "input_layernorm",
+            "post_attention_layernorm",
+        )
+    ),
+)
+
+
+def to_dmllm(config: Fields) -> dict[str, Any]:
+    """The fields of `DmllmConfig`."""
+    require(config, attention_bias=(False, None))
+    eos, pad = need(config, "eos_token_id"), config.get("pad_token_id")
+    return {
+        "backbone": backbone(config),
+        "mask_token_id": need(config, "mask_token_id"),
+        "eos_token_id": eos,
+        "pad_token_id": eos if pad is None else pad,
+        "visibility": "full",
+        "shift": True,
+    }
+
+
+DIFFULLAMA = Family(
+    name="diffullama",
+    title="DiffuLLaMA 7B",
+    source="arXiv:2410.17891; HKUNLP/DiffuLLaMA",
+    recognise=lambda config: config.get("model_type") == "llama" and "mask_token_id" in config,
+    config=to_dmllm,
+    keys=KEYS,
+    ignored=(r".*rotary_emb\.inv_freq",),
+    decode={"max_new_tokens": 256, "steps": 64, "remasking": "random", "temperature": 0.9, "top_p": 0.9},
+    verified="logits with full and causal attention, loss: tests/families/test_diffullama.py",
+    example={
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "mlp_bias": False,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 320,
+        "bos_token_id": 301,
+        "eos_token_id": 300,
+        "mask_token_id": 302,
+    },
+)

@@ -1,0 +1,95 @@
+"""Checkpoints recorded from the authors' code: tests/golden/<family>, its tensors, and copies with something changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmllm.checkpoints.published import write_published
+from dmllm.objectives.loss import normalise
+from dmllm.objectives.masked import Noised
+from dmllm.pipeline import load
+from dmllm.types import IGNORE, TEXT, Batch
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+class Recorded:
+    """One family's folder, what went into the authors' code and what came out."""
+
+    def __init__(self, family: str):
+        self.folder = GOLDEN / family
+        self.inputs = load_file(self.folder / "inputs.safetensors")
+        self.expected = load_file(self.folder / "expected.safetensors")
+        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        self.weights = load_file(self.folder / "model.safetensors")
+
+    def load(self):
+        return load(str(self.folder), device="cpu")
+
+    def changed(self, out: Path, weights: dict[str, Tensor] | None = None, **config: Any):
+        """The pipeline of a copy with other fields of config.json (None: without it), or other weights."""
+        fields = {name: value for name, value in {**self.config, **config}.items() if value is not None}
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text(json.dumps(fields))
+        save_file(self.weights if weights is None else weights, out / "model.safetensors")
+        return load(str(out), device="cpu")
+
+
+def assert_written_back(pipe: Any, recorded: Recorded, out: Path) -> None:
+    """Loaded and written, a checkpoint is the same: names, bits, config.json."""
+    written = load_file(write_published(pipe.model, out) / "model.safetensors")
+    assert set(written) == set(recorded.weights)
+    for name, tensor in recorded.weights.items():
+        assert torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype, name
+    assert json.loads((out / "config.json").read_text()) == recorded.config
+
+
+def noised(
+    objective: Any,
+    noisy: Tensor,
+    clean: Tensor,
+    weights: Tensor,
+    *,
+    scored: Tensor,
+    visibility: Any,
+    positions: Tensor | None = None,
+    suffix: Tensor | None = None,
+) -> Noised:
+    """A corruption as recorded, in the form in which an objective scores it: what is hidden counts where `scored`.
+
+    `suffix` [B, S] is given behind the noisy ids [B, L], as in training by blocks.
+    """
+    hidden = noisy == objective.special.mask
+    documents = torch.zeros_like(noisy)
+    weights, count = normalise(objective.config.reduction, weights, scored.float(), hidden & scored, documents)
+    row, column = (hidden & scored).nonzero(as_tuple=True)
+    ids = noisy if suffix is None else torch.cat([noisy, suffix], 1)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, : noisy.shape[1]] = torch.where(scored, clean, IGNORE)
+    batch = Batch(
+        input_ids=ids,
+        labels=labels,
+        image_slots=torch.full_like(ids, TEXT),
+        documents=torch.zeros_like(ids),
+        positions=torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions,
+    )
+    return Noised(
+        batch=batch,
+        visibility=visibility,
+        time=torch.zeros_like(ids, dtype=torch.float32),
+        rows=row * ids.shape[1] + column,
+        targets=clean[row, column],
+        weights=weights[row, column],
+        counts={"masked": count},
+    )
+
+
+def mean(objective: Any, model: Any, noised: Noised) -> float:
+    loss = objective.loss(model, noised)["masked"]
+    return float(loss.total / loss.count)

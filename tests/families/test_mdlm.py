@@ -1,0 +1,138 @@
+"""MDLM: the authors' logits and losses, recorded from their code."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmllm.checkpoints.published import write_published
+from dmllm.nn.visibility import layout
+from dmllm.objectives import build_objective
+from dmllm.pipeline import load
+from tests.families.recorded import Recorded, assert_written_back, mean, noised
+
+RECORDED = Recorded("mdlm")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return RECORDED.load()
+
+
+def time_of(sigma: torch.Tensor) -> torch.Tensor:
+    """The inverse of the authors' log-linear schedule."""
+    return (1 - torch.exp(-sigma)) / (1 - 1e-3)
+
+
+def subs(logits: torch.Tensor, ids: torch.Tensor, mask: int) -> torch.Tensor:
+    """Section 3.2.3: no mass on the mask token, and what is known is known."""
+    logits = logits.clone()
+    logits[..., mask] = -torch.inf
+    known = torch.nn.functional.one_hot(ids, logits.shape[-1]).log()
+    return torch.where((ids == mask)[..., None], logits.log_softmax(-1), known).clamp(min=-1e6)
+
+
+def test_logits_are_those_of_the_authors(pipe):
+    ids = RECORDED.inputs["xt"]
+    logits = pipe.logits(ids)
+    assert (logits - RECORDED.expected["fwd_sigma0.backbone_logits"]).abs().max() < 1e-4
+    found, wanted = subs(logits, ids, 99), RECORDED.expected["fwd_sigma0.subs_log_probs"]
+    assert (found - wanted)[..., :99].abs().max() < 1e-4
+    assert wanted[..., 99].max() < -9e5
+
+
+def test_a_model_that_is_not_conditioned_on_time_does_not_look_at_it(pipe):
+    ids = RECORDED.inputs["xt"]
+    assert torch.equal(pipe.logits(ids, time=torch.tensor([0.2, 0.9])), pipe.logits(ids))
+
+
+def test_a_model_conditioned_on_time_reads_the_noise_level_of_each_row_or_token(tmp_path):
+    pipe = RECORDED.changed(tmp_path, time_conditioning=True)
+    ids, time = RECORDED.inputs["xt"], time_of(RECORDED.inputs["sigma2"])
+    expected = RECORDED.expected["fwd_time_conditioned.backbone_logits"]
+    assert (pipe.logits(ids, time=time) - expected).abs().max() < 1e-4
+    assert (pipe.logits(ids, time=time[:, None].expand_as(ids)) - expected).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="conditioned on time; give time="):
+        pipe.logits(ids)
+
+
+def test_padding_changes_nothing(pipe):
+    ids = RECORDED.inputs["xt"]
+    padded = torch.cat([torch.full((2, 3), 5), ids, torch.full((2, 2), 7)], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = mask[:, -2:] = 0
+    assert (pipe.logits(padded, mask)[:, 3:-2] - pipe.logits(ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["loss_continuous", "loss_T1000"])
+def test_losses_are_those_of_the_authors(pipe, case):
+    """The bound weighs by 1/t, for infinitely many steps and, with nothing on the mask token, for 1000 alike."""
+    clean, scored = RECORDED.inputs["x0"], RECORDED.inputs["am"].bool()
+    noisy, move_chance = RECORDED.expected[f"{case}.xt"], RECORDED.expected[f"{case}.move_chance"]
+    time = move_chance / (1 - 1e-3)  # [3, 1], the end of the step of 1000 in which t lies
+    objective = build_objective("masked", {"zero_masking": True}, pipe.special, "full")
+    documents = torch.zeros_like(clean)
+    everything = layout("full", documents=documents, canvas=documents == 0)
+    recorded = noised(objective, noisy, clean, (1 / time).expand_as(clean), scored=scored, visibility=everything)
+    assert mean(objective, pipe.model, recorded) == pytest.approx(float(RECORDED.expected[f"{case}.loss"]), abs=1e-4)
+
+
+def test_without_zero_masking_the_mask_token_has_a_share_and_the_loss_is_another(pipe):
+    clean, noisy = RECORDED.inputs["x0"], RECORDED.expected["loss_continuous.xt"]
+    everything = layout("full", documents=torch.zeros_like(clean), canvas=clean >= 0)
+    losses = []
+    for zero_masking in (False, True):
+        objective = build_objective("masked", {"zero_masking": zero_masking}, pipe.special, "full")
+        one = noised(objective, noisy, clean, torch.ones(3, 16), scored=clean >= 0, visibility=everything)
+        losses.append(mean(objective, pipe.model, one))
+    assert losses[0] > losses[1]
+
+
+def test_a_checkpoint_is_written_back_to_the_bit(pipe, tmp_path):
+    assert_written_back(pipe, RECORDED, tmp_path)
+
+
+def test_the_form_of_the_hub_is_the_same_model(pipe, tmp_path):
+    flat = {"model_type": "mdlm", "hidden_dim": 48, "cond_dim": 16, "n_blocks": 2, "n_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    weights = {f"backbone.{name}": tensor for name, tensor in RECORDED.weights.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    hub = load(str(tmp_path), device="cpu")
+    assert torch.equal(hub.logits(RECORDED.inputs["xt"]), pipe.logits(RECORDED.inputs["xt"]))
+    assert hub.special.mask == 99
+    written = load_file(write_published(hub.model, tmp_path / "out") / "model.safetensors")
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], weights[name]) for name in weights)
+
+
+def test_generation_fills_the_canvas_and_never_writes_the_mask(pipe):
+    found = pipe.generate(RECORDED.inputs["xt"][:1, :4], max_new_tokens=8, steps=8, generator=0)
+    assert found.sequences.shape == (1, 12) and (found.sequences[:, 4:] != 99).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"parameterization": "sedd"}, "parameterization='sedd' is not supported; 'subs' is"),
+        ({"noise": {"type": "cosine"}}, "type='cosine' is not supported"),
+        ({"backbone": "dimamba"}, "backbone='dimamba' is not supported"),
+        ({"mask_index": None}, "lacks mask_index"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(fields, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        RECORDED.changed(tmp_path, **fields)
+
+
+def test_weights_are_read_strictly(tmp_path):
+    weights = dict(RECORDED.weights)
+    lost = weights.pop("blocks.1.attn_qkv.weight")
+    with pytest.raises(ValueError, match=r"lacks blocks\.1\.attn_qkv\.weight"):
+        RECORDED.changed(tmp_path, {**weights})
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn_qkv\.weight has 96 rows; the configuration says 48\+48\+48"):
+        RECORDED.changed(tmp_path, {**weights, "blocks.1.attn_qkv.weight": lost[:96].clone()})
+    with pytest.raises(ValueError, match=r"unexpected blocks\.2\.norm1\.weight"):
+        RECORDED.changed(tmp_path, {**RECORDED.weights, "blocks.2.norm1.weight": torch.ones(48)})
+    with pytest.raises(ValueError, match=r"rotary_emb\.inv_freq is not what config.json makes it"):
+        RECORDED.changed(tmp_path, {**RECORDED.weights, "rotary_emb.inv_freq": torch.ones(6)})
