@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from dmllm.checkpoints.weights import refuse_keys, save_shards, shown, weight_files
 from dmllm.config import to_dict
 from dmllm.families import FAMILIES, Family
-from dmllm.families.family import Stack, to_ours, to_theirs
+from dmllm.families.family import Key, matches, to_ours, to_theirs
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 
@@ -47,21 +47,23 @@ def read_published(
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 filling.take(name, shard.get_tensor(name))
     filling.finish()
+    ours.published_names = filling.chosen_names()
     placed: Any = model  # its buffers too
     return placed.to(device).eval()
 
 
 class _Filling:
-    """Parameters that get their values in any order."""
+    """Parameters and stored buffers that get their values in any order."""
 
     def __init__(
         self, model: MultimodalModel, family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None
     ):
         self.model, self.family, self.folder, self.device, self.dtype = model, family, folder, device, dtype
-        self.wanted = dict(model.named_parameters())  # tied weights once
+        self.wanted = stored_weights(model)
         self.computed = family.computed_weights(model.config.published or {})
         self.missing: dict[str, set[int] | None] = dict.fromkeys(self.wanted)
         self.unexpected: list[str] = []
+        self.used: set[str] = set()  # templates of names
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Put one published weight where it belongs."""
@@ -73,6 +75,7 @@ class _Filling:
                 raise ValueError(f"{self.folder} ({self.family.title}): {name} is not what config.json makes it.")
             return
         try:
+            self.used |= {key.theirs for key in self.family.keys if matches(key, name)}
             parts = list(to_ours(self.family.keys, name, tensor, self.model.config.backbone))
         except ValueError as error:
             raise ValueError(f"{self.folder} ({self.family.title}): {error}") from None
@@ -84,6 +87,12 @@ class _Filling:
 
     def _put(self, ours: str, place: int | None, values: Tensor, name: str) -> None:
         wanted = self.wanted[ours]
+        if place is not None and self.missing.get(ours, set()) is None:
+            self.missing[ours] = set(range(wanted.shape[0]))
+        left = self.missing.get(ours, set())
+        if left is not None and place not in left:  # beyond the stack, or given before under another name
+            self.unexpected.append(name)
+            return
         shape = wanted.shape if place is None else wanted.shape[1:]
         if values.shape != shape:
             raise ValueError(
@@ -98,35 +107,53 @@ class _Filling:
         if wanted.device.type == "meta":
             _assign(self.model, ours, torch.empty(wanted.shape, dtype=values.dtype, device=self.device))
             self.wanted[ours] = self.model.get_parameter(ours)
-            self.missing[ours] = set(range(wanted.shape[0]))
         self.wanted[ours].data[place] = values
-        left = self.missing.get(ours)
-        if left is not None:
-            left.discard(place)
-            if not left:
-                self.missing.pop(ours)
+        assert left is not None
+        left.discard(place)
+        if not left:
+            self.missing.pop(ours)
 
     def finish(self) -> None:
         """Raise ValueError unless everything was there and had a place, in the names of the checkpoint."""
-        lacking = []
-        for name, places in self.missing.items():
-            numbers = [""] if places is None else [f" (number {place})" for place in sorted(places)]
-            lacking += [f"{self._published_name(name)}{number}" for number in numbers]
+        lacking = [theirs for name, places in self.missing.items() for theirs in self._published_names(name, places)]
         refuse_keys(lacking, self.unexpected, self.folder, f"{self.family.title} with this config.json")
         self.model.tie_weights()
 
-    def _published_name(self, ours: str) -> str:
-        empty = {ours: torch.empty(1)}
-        keys = tuple(key for key in self.family.keys if not isinstance(key, Stack))
+    def _published_names(self, ours: str, places: set[int] | None) -> list[str]:
+        """What the checkpoint calls one of ours, or some places of a stack."""
+        keys = _in_order(self.family, self.used)
         try:
-            return next((theirs for theirs, _ in to_theirs(keys, empty)), f"(part of ours: {ours})")
+            names = [theirs for theirs, _ in to_theirs(keys, {ours: self.wanted[ours]})]
         except ValueError:
-            return f"(ours: {ours})"
+            return [f"(ours: {ours})"]
+        if not names:
+            return [f"(part of ours: {ours})"]
+        return names if places is None else [names[place] for place in sorted(places)]
+
+    def chosen_names(self) -> list[str]:
+        """The templates met here of what a family has more than one name for."""
+        names = [key.ours for key in self.family.keys]
+        return sorted(key.theirs for key in self.family.keys if names.count(key.ours) > 1 and key.theirs in self.used)
+
+
+def stored_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that are stored with them, under our names; tied weights once."""
+    stored = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _in_order(family: Family, chosen: Collection[str]) -> tuple[Key, ...]:
+    """The family's keys, those that a checkpoint chose before the others of the same weight."""
+    return tuple(sorted(family.keys, key=lambda key: key.theirs not in chosen))
 
 
 def _assign(model: torch.nn.Module, name: str, values: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
+    if leaf in dict(module.named_buffers(recurse=False)):
+        setattr(module, leaf, values)
+        return
     learned = getattr(module, leaf).requires_grad and values.is_floating_point()
     setattr(module, leaf, torch.nn.Parameter(values, requires_grad=learned))
 
@@ -137,7 +164,7 @@ def write_published(model: MultimodalModel, folder: str | Path) -> Path:
     Raises:
         ValueError: the model did not come from a published checkpoint.
     """
-    return write_weights(cast(DmllmConfig, model.config), dict(model.named_parameters()), folder)
+    return write_weights(cast(DmllmConfig, model.config), stored_weights(model), folder)
 
 
 def write_weights(config: DmllmConfig, weights: Mapping[str, Tensor], folder: str | Path) -> Path:
@@ -147,7 +174,11 @@ def write_weights(config: DmllmConfig, weights: Mapping[str, Tensor], folder: st
     family: Family = FAMILIES.load(config.family)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    theirs = dict(to_theirs(family.keys, {name: tensor.detach() for name, tensor in weights.items()}))
+    keys = _in_order(family, config.published_names)
+    theirs = dict(to_theirs(keys, {name: tensor.detach() for name, tensor in weights.items()}))
     save_shards(theirs | family.computed_weights(config.published), folder)
-    (folder / "config.json").write_text(json.dumps(to_dict(config.published), indent=2) + "\n", encoding="utf-8")
+    fields = to_dict(config.published)
+    beside = {name: fields.pop(Path(name).stem) for name in family.beside if Path(name).stem in fields}
+    for name, values in {"config.json": fields, **beside}.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -17,9 +17,13 @@ class DmllmConfig(PreTrainedConfig):
     vision, projector: the fields of `VisionConfig` and `ProjectorConfig`; null for a text-only model.
     visibility: how prompt and canvas see each other, a name of `nn.visibility.LAYOUTS`, or "block:N".
     row_break: whether a learned vector ends each row of a tiled image.
+    tiling: fields of `TilingConfig` by which a model without a processor cuts images; null: one tile.
+    unused: weights that the published checkpoint stores and the model does not read, name -> shape: kept as buffers, so
+        that it can be written back.
     shift: whether a token is predicted by the row before it (Dream); logits are aligned all the same.
     family, published: for a model that came from a published checkpoint, the name of its family and the config.json it
-        had, so that it can be written back.
+        had, so that it can be written back. published_names: where the family has several names for a weight, that
+        checkpoint's.
     """
 
     model_type = "dmllm"
@@ -35,9 +39,12 @@ class DmllmConfig(PreTrainedConfig):
         image_token_id: int | None = None,
         visibility: str = "full",
         row_break: bool = False,
+        tiling: dict[str, Any] | None = None,
+        unused: dict[str, list[int]] | None = None,
         shift: bool = False,
         family: str | None = None,
         published: dict[str, Any] | None = None,
+        published_names: list[str] | None = None,
         **kwargs: Any,
     ):
         check_layout(visibility)
@@ -48,9 +55,12 @@ class DmllmConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.visibility = visibility
         self.row_break = row_break
+        self.tiling = tiling
+        self.unused = unused
         self.shift = shift
         self.family = family
         self.published = published
+        self.published_names = published_names or []
         kwargs.setdefault("tie_word_embeddings", bool(self.backbone.get("tie_word_embeddings", False)))
         kwargs |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(**kwargs)

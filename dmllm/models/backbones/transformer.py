@@ -1,8 +1,8 @@
 """The transformer under every model here: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
 It knows nothing of objectives or sampling: what a row may see arrives as a `Visibility`, what was computed before as a
-cache, soft tokens as embeddings. With its switches (`qk_norm`, `qkv_bias`, untied head, `head_dim`, `rotary_dim`, `moe`)
-it has the shapes of LLaDA (arXiv:2502.09992), Dream / Qwen2, SDAR / Qwen3, LLaDA-MoE and LLaDA2.
+cache, soft tokens as embeddings. With its switches (`qk_norm`, `qkv_bias`, `head_dim`, `rotary_dim`, `moe`, ...) it has
+the shapes of LLaDA (arXiv:2502.09992), Dream / Qwen2, SDAR / Qwen3, LLaDA-MoE and LLaDA2.
 
 Shapes: B rows, L tokens, D hidden, H query heads, G key/value heads, d head dimension, V vocabulary.
 """
@@ -24,7 +24,7 @@ from dmllm.nn.feed_forward import FeedForward
 from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Ragged, ragged
-from dmllm.nn.rope import rotary_tables, rotate
+from dmllm.nn.rope import places, rotary_tables, rotate
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -53,6 +53,8 @@ class TransformerConfig:
     """Base of the rotary wavelengths."""
     rotary_dim: int | None = None
     """Leading features of each head that positions turn; the others stay as they are. None: all."""
+    mrope_section: tuple[int, ...] = ()
+    """How many rotary frequencies time, height and width of an image's rows turn (Qwen2-VL); (): one axis turns all."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before rotation (Qwen3, SDAR)."""
     qkv_bias: bool = False
@@ -70,6 +72,12 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.moe, Mapping):
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
+        if self.mrope_section and (len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.rotary_width):
+            raise ValueError(
+                f"mrope_section={list(self.mrope_section)} must be three numbers for time, height and width that sum up "
+                f"to half of the {self.rotary_width} features that positions turn."
+            )
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_width):
             raise ValueError(
                 f"rotary_dim={self.rotary_dim} must be even and at most the head's width, {self.head_width}."
@@ -106,7 +114,8 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class Output:
-    """What a backbone returns: hidden rows [B, L, D] after the last norm; `aux`: of experts in training, see `nn.moe.balance`."""
+    """What a backbone returns: hidden rows [B, L, D] after the last norm, and further losses by name; of experts, in
+    training, those of `nn.moe.balance`."""
 
     hidden: Tensor
     aux: dict[str, Tensor]
@@ -154,11 +163,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        moe, width = config.moe, config.hidden_size
-        if moe is None or layer in moe.dense_layers:
-            self.mlp = FeedForward(width, config.inner_width)
-        else:
-            self.mlp = MixtureOfExperts(width, moe)
+        self.mlp: nn.Module = FeedForward(config.hidden_size, config.inner_width)
+        if config.moe is not None and layer not in config.moe.dense_layers:
+            self.mlp = MixtureOfExperts(config.hidden_size, config.moe)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cache: KVCache | None
@@ -199,15 +206,18 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         time: Tensor | None = None,
     ) -> Output:
-        """Embeddings [B, L, D] at `positions` [B, L] -> hidden rows [B, L, D].
+        """Embeddings [B, L, D] at `positions` [B, L] (for three axes see `nn.rope`) -> hidden rows [B, L, D].
 
         `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
         """
-        mask = attention_mask(self.config.attention, visibility, cache, embeds.device)
-        x = embeds
+        config = self.config
+        mask = attention_mask(config.attention, visibility, cache, embeds.device)
+        x, positions = embeds, positions if config.mrope_section else places(positions)
         if isinstance(mask, Ragged):
-            x, positions = mask.gather(embeds), mask.gather(positions)
-        rotary = rotary_tables(positions, self.config.rotary_width, self.config.rope_theta, embeds.dtype)
+            x = mask.gather(embeds)
+            several = positions.ndim == 3
+            positions = torch.stack([mask.gather(p) for p in positions]) if several else mask.gather(positions)
+        rotary = rotary_tables(positions, config.rotary_width, config.rope_theta, embeds.dtype, config.mrope_section)
         routings = []
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
