@@ -1,4 +1,5 @@
-"""Vision encoders by name; a name carries its source: "timm:NAME", "open_clip:NAME[/PRETRAINED]", "hf:NAME_OR_PATH".
+"""Vision encoders by name; a name carries its source: "timm:NAME", "open_clip:NAME[/PRETRAINED]", "hf:NAME_OR_PATH";
+"native:NAME" is a tower of native resolution whose architecture the options say.
 
 A library is imported when one of its names is built, never before.
 """
@@ -16,6 +17,7 @@ VISION_SOURCES = Table(
         "timm": "dmllm.models.vision.timm:TimmEncoder",
         "open_clip": "dmllm.models.vision.open_clip:OpenClipEncoder",
         "hf": "dmllm.models.vision.hugging_face:HuggingFaceEncoder",
+        "native": "dmllm.models.vision.native:NativeEncoder",
     },
 )
 
