@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PER_ROW = ("ids", "committed", "requests", "block", "calls")
+PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "calls", "post", "forwards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +16,31 @@ class Canvas:
 
     ids: Tensor  # [B, N] int64, the mask token where not committed
     committed: Tensor  # [B, N] bool
+    editable: Tensor  # [B, N] bool: what was not given, which editing may replace
     requests: Tensor  # [B] int64: which row of the first canvas this is, as finished rows leave
+    offset: Tensor  # [B] int64: places of the first block that lie before the canvas
     block: Tensor  # [B] int64: the block being filled, -1 before the first
     calls: Tensor  # [B] int64: model calls spent on it
+    post: Tensor  # [B] int64: calls that it may still have now that it is full
+    forwards: Tensor  # [B] int64: model calls spent on the row
     mask_id: int
+    block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's
 
     @staticmethod
     def of(ids: Tensor, committed: Tensor, mask_id: int) -> Canvas:
         """A canvas on which `ids` [B, N] are known where `committed` [B, N]."""
         rows = torch.arange(ids.shape[0], device=ids.device)
+        none = torch.zeros_like(rows)
         return Canvas(
             ids=ids.masked_fill(~committed, mask_id),
             committed=committed,
+            editable=~committed,
             requests=rows,
+            offset=none,
             block=torch.full_like(rows, -1),
-            calls=torch.zeros_like(rows),
+            calls=none,
+            post=none,
+            forwards=none,
             mask_id=mask_id,
         )
 
@@ -53,19 +63,16 @@ class Canvas:
             return part
         return replace(self, **{n: getattr(self, n).index_copy(0, part.requests, getattr(part, n)) for n in PER_ROW})
 
-    def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor) -> Canvas:
-        """Write `tokens` [B, K] at positions `rows` [B, K] where `chosen` [B, K]; what is committed stays as it is.
+    def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor, *, edit: bool = False) -> Canvas:
+        """Write `tokens` [B, K] at positions `rows` [B, K] where `chosen` [B, K].
 
-        A position may stand several times in `rows` (as padding), but is chosen at most once.
+        What is committed stays as it is, or with `edit` what was given. A position may stand several times in `rows`
+        (as padding), but is chosen at most once.
         """
         found = torch.zeros_like(self.ids).scatter_add_(1, rows, tokens * chosen)
-        fresh = torch.zeros_like(self.ids).scatter_add_(1, rows, chosen.long()).bool() & ~self.committed
+        fresh = torch.zeros_like(self.ids).scatter_add_(1, rows, chosen.long()).bool()
+        fresh = fresh & (self.editable if edit else ~self.committed)
         return replace(self, ids=torch.where(fresh, found, self.ids), committed=self.committed | fresh)
-
-    def finished(self, stop_ids: tuple[int, ...]) -> Tensor:
-        """[B] bool: all is known, or all up to and including the first of `stop_ids`."""
-        length, stopped = reply_length(self.ids, self.committed, stop_ids)
-        return stopped | (length == self.ids.shape[1])
 
 
 def reply_length(ids: Tensor, committed: Tensor, stop_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,14 @@
 """How a canvas is denoised, as plain values: what `chat`, `generate` and a checkpoint's `generation_config.json` take.
 
 A canvas of `max_new_tokens` tokens is filled block by block, left to right, each block in `steps / blocks` model calls;
-within a step the surest tokens are committed (Nie et al., LLaDA, arXiv:2502.09992, algorithms 4 and 5).
+within a step the surest tokens are committed (Nie et al., LLaDA, arXiv:2502.09992, algorithms 4 and 5). The settings of
+published systems are values of these fields; what each calls its own is said there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dmllm.registry import Table, nearest
@@ -19,8 +20,12 @@ REMASKING = Table(
         "margin": "dmllm.samplers.rules:margin",
         "entropy": "dmllm.samplers.rules:entropy",
         "random": "dmllm.samplers.rules:random_order",
+        "origin": "dmllm.samplers.rules:random_order",
+        "sequential": "dmllm.samplers.rules:sequential",
     },
 )
+SCHEDULES = ("even", "fixed", "time")
+COUNTS = ("steps", "block_steps", "num_to_transfer")  # three ways to say how many tokens a call commits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +38,32 @@ class DecodeConfig:
     """Model calls for the whole canvas, shared equally by the blocks; None is one token a call. An upper bound where
     `threshold` or an end of sequence finishes sooner."""
     block_length: int | None = None
-    """Tokens of a block; a block is filled before the next begins, and the last may be shorter. None is one block."""
+    """Tokens of a block; a block is filled before the next begins, and the last may be shorter. None is one block, or
+    for a block-causal model the block it was trained with. That counts blocks from the beginning of the prompt, and
+    fills the last one whole (what exceeds `max_new_tokens` is cut)."""
+    block_steps: int | None = None
+    """Model calls for each block, in place of `steps`: SDAR's denoising_steps, LLaDA2's steps."""
+    num_to_transfer: int | None = None
+    """Tokens that a call commits at least, in place of `steps` (LLaDA2.1)."""
+    schedule: str = "even"
+    """How many tokens a call commits at least. even: what is open in the block, shared by the calls that remain for it.
+    fixed: the block's length shared by its calls, however many are known already (SDAR, LLaDA2). time: of m open ones
+    int(m (1 - s/t)) from time t to s, which may be none, and all at the last (Dream's quota)."""
+    eps: float = 1e-3
+    """Where the times of `schedule: time` end: linspace(1, eps, calls + 1)."""
     remasking: str = "low_confidence"
-    """Which tokens come first: low_confidence (those of highest probability), margin (over the runner-up), entropy
-    (lowest), random; or your own rule as "module:function"."""
+    """Which tokens come first: low_confidence (those of highest probability; Dream's maskgit_plus), margin (over the
+    runner-up; topk_margin), entropy (lowest), random, sequential (leftmost), origin (random; under `schedule: time`
+    each by itself with probability 1 - s/t, as in the diffusion process); or your own rule as "module:function"."""
     threshold: float | None = None
     """Also commit every token at least this probable, so that a step may commit many; None is the quota alone."""
+    suppress_ids: list[int] = field(default_factory=list)
+    """Tokens that are never produced (LLaDA's logits_eos_inf, with the end of sequence here)."""
+    distrust_ids: list[int] = field(default_factory=list)
+    """Tokens that are committed last, wherever they are the choice (LLaDA's confidence_eos_eot_inf)."""
+    count_mask: bool = False
+    """Whether the probability of the mask token, which is never produced, speaks against the others, as it does in the
+    authors' softmax; False shares it out."""
     temperature: float = 0.0
     """0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
@@ -47,31 +72,40 @@ class DecodeConfig:
     """Guidance away from the unprompted answer: un + (cfg_scale + 1)(cond - un), twice the work; 0 is none."""
     eos_token_id: int | list[int] | None = None
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
+    eos_early_stop: bool = True
+    """Stop once a reply is known up to its end; False first completes the block that holds it (SDAR, LLaDA2)."""
+    editing_threshold: float | None = None
+    """Replace a token committed in the active block where another has become more probable than this (LLaDA2.1), and
+    go on, once the block is full, until nothing is replaced; None never changes a committed token."""
+    max_post_steps: int = 16
+    """At most this many calls on a full block, when editing."""
+    store_calls: bool = False
+    """Whether finished blocks, the prompt's before all, have calls of their own in which their keys and values are
+    stored, as SDAR counts them; False stores them along with the next block's first call. For block-causal models."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "block_length"):
-            value = getattr(self, name)
-            optional = name != "max_new_tokens"
-            if not (value is None and optional) and (type(value) is not int or value < 1):
-                raise ValueError(
-                    f"{name}={value!r} must be a whole number, at least 1{' or None' if optional else ''}."
-                )
-        for name in ("threshold", "temperature", "top_p", "cfg_scale"):
-            value = getattr(self, name)
-            if not (value is None and name == "threshold") and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise ValueError(f"{name}={value!r} must be a number{' or None' if name == 'threshold' else ''}.")
+        for name in ("max_new_tokens", "steps", "block_length", "block_steps", "num_to_transfer"):
+            _whole(name, getattr(self, name), least=1, optional=name != "max_new_tokens")
+        _whole("max_post_steps", self.max_post_steps, least=0, optional=False)
+        for name in ("threshold", "editing_threshold", "eps", "temperature", "top_p", "cfg_scale"):
+            value, optional = getattr(self, name), name.endswith("threshold")
+            if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name}={value!r} must be a number{' or None' if optional else ''}.")
         if any(type(i) is not int for i in self.stop_ids):
             raise ValueError(f"eos_token_id={self.eos_token_id!r} must be a token id, a list of them, or None.")
-        if self.remasking not in REMASKING and ":" not in str(self.remasking):
-            raise ValueError(
-                f"remasking={self.remasking!r} is not a known rule; {nearest(str(self.remasking), REMASKING)}"
-            )
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(
-                f"threshold={self.threshold} is a probability between 0 and 1, or None for the quota alone."
-            )
+        for name in ("suppress_ids", "distrust_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or any(type(i) is not int for i in value):
+                raise ValueError(f"{name}={value!r} must be a list of token ids.")
+        for name, value, table in (("remasking", self.remasking, REMASKING), ("schedule", self.schedule, SCHEDULES)):
+            if value not in table and (name == "schedule" or ":" not in str(value)):
+                raise ValueError(f"{name}={value!r} is not a known rule; {nearest(str(value), table)}")
+        for name, value in (("threshold", self.threshold), ("editing_threshold", self.editing_threshold)):
+            if value is not None and not 0 <= value <= 1:
+                what = "the quota alone" if name == "threshold" else "no editing"
+                raise ValueError(f"{name}={value} is a probability between 0 and 1, or None for {what}.")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps={self.eps} must lie between 0 and 1; 1e-3 is usual.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"temperature={self.temperature} must be 0 (most probable token) or above; 1.0 is the model's."
@@ -82,6 +116,9 @@ class DecodeConfig:
             raise ValueError(f"top_p={self.top_p} has no effect at temperature=0; set a temperature or top_p=1.0.")
         if not 0 <= self.cfg_scale < float("inf"):
             raise ValueError(f"cfg_scale={self.cfg_scale} must be 0 (no guidance) or above.")
+        said = [f"{name}={value}" for name in COUNTS if (value := getattr(self, name)) is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} say the same thing twice; give one of them.")
         self.steps_per_block(self.max_new_tokens)
 
     def block_of(self, length: int) -> int:
@@ -92,6 +129,8 @@ class DecodeConfig:
         """Model calls for each block of a canvas of `length` tokens. Raises ValueError if `steps` does not divide."""
         block = self.block_of(length)
         blocks = -(-length // block)
+        if self.block_steps is not None:
+            return self.block_steps
         if self.steps is None:
             return block
         if self.steps % blocks:
@@ -110,7 +149,12 @@ class DecodeConfig:
     @property
     def draws_order(self) -> bool:
         """Whether the order in which tokens are committed is; a rule of one's own may draw."""
-        return self.remasking not in ("low_confidence", "margin", "entropy")
+        return self.remasking not in ("low_confidence", "margin", "entropy", "sequential")
+
+    @property
+    def post_steps(self) -> int:
+        """Calls on a full block, at most: those that edit it, or the one that stores it."""
+        return self.max_post_steps if self.editing_threshold is not None else int(self.store_calls)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -132,4 +176,11 @@ def decode_config(options: Mapping[str, Any], defaults: Mapping[str, Any] | None
         if name not in known:
             raise ValueError(f"Unknown decode option {name!r}; {nearest(name, known)}")
     chosen = {k: v for k, v in (defaults or {}).items() if k in known}
+    if any(name in options for name in COUNTS):
+        chosen = {k: v for k, v in chosen.items() if k not in COUNTS}
     return DecodeConfig(**{**chosen, **options})
+
+
+def _whole(name: str, value: Any, *, least: int, optional: bool) -> None:
+    if not (value is None and optional) and (type(value) is not int or value < least):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}{' or None' if optional else ''}.")

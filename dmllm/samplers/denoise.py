@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from dmllm.samplers.canvas import Canvas
+from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.rules import choose, estimate
 from dmllm.types import Step
@@ -35,13 +35,12 @@ def denoise(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         draws: one generator for each row of the canvas.
     """
     assert len(draws) == len(canvas), (len(draws), len(canvas))
-    forwards = torch.zeros_like(canvas.requests)
     whole = part = canvas
-    finished = whole.finished(config.stop_ids)
+    finished = _finished(whole, config)
     if bool(finished.all()):
-        yield Step(ids=whole.ids, committed=whole.committed, num_forwards=forwards, finished=finished)
+        yield Step(ids=whole.ids, committed=whole.committed, num_forwards=whole.forwards, finished=finished)
     while True:
-        alive = (~part.finished(config.stop_ids)).nonzero().squeeze(1)
+        alive = (~_finished(part, config)).nonzero().squeeze(1)
         if not len(alive):
             return
         if len(alive) < len(part):
@@ -49,34 +48,77 @@ def denoise(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
             draws = [draws[i] for i in alive.tolist()]
         part = advance(predict, part, config, draws)
         whole = whole.put(part)
-        forwards = forwards.index_add(0, part.requests, torch.ones_like(part.requests))
-        finished = whole.finished(config.stop_ids)
-        yield Step(ids=whole.ids, committed=whole.committed, num_forwards=forwards, finished=finished)
+        finished = _finished(whole, config)
+        yield Step(ids=whole.ids, committed=whole.committed, num_forwards=whole.forwards, finished=finished)
 
 
 def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Canvas:
-    """One model call and what it commits: in each row at least one token of its first unfilled block.
-
-    The quota is what remains of the block, spread evenly over the calls that remain for it (the first calls take the
-    remainder), so that no call is left with more than its share and the last one always fills the block.
-    """
-    length = canvas.ids.shape[1]
-    canvas = _enter_block(canvas, config.block_of(length))
-    rows, asked, slots = _open_rows(canvas, config.block_of(length), compact=canvas.ids.device.type == "cpu")
-    uniform = _draw(config, draws, config.block_of(length), slots)
+    """One model call, what it commits of each row's first unfilled block, and what it edits there."""
+    length = canvas.block_length or config.block_of(canvas.ids.shape[1])
+    editing = config.editing_threshold is not None
+    canvas = _enter_block(canvas, length)
+    rows, asked, slots = _open_rows(canvas, length, compact=canvas.ids.device.type == "cpu" and not editing)
+    uniform = _draw(config, draws, length, slots)
     seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
     doubt = REMASKING.load(config.remasking)(seen, uniform[1])
+    if config.distrust_ids:
+        last = torch.isin(seen.tokens, torch.tensor(config.distrust_ids, device=rows.device))
+        doubt = doubt.masked_fill(last, torch.finfo(doubt.dtype).max)
     sure = None if config.threshold is None else seen.against <= 1 - config.threshold
-    left = config.steps_per_block(length) - canvas.calls
-    quota = -(-asked.sum(1) // left)
-    chosen = choose(doubt, sure, asked, quota)
-    return replace(canvas.commit(rows, seen.tokens, chosen), calls=canvas.calls + 1)
+    chosen = choose(doubt, sure, asked, quota(canvas, config, asked, uniform[1], length))
+    filled = canvas.commit(rows, seen.tokens, chosen)
+    edited = torch.zeros_like(asked)
+    if editing:
+        inside = rows == canvas.block[:, None] * length - canvas.offset[:, None] + slots  # the others are padding
+        known = inside & ~asked & canvas.editable.gather(1, rows)
+        better = (seen.tokens != canvas.ids.gather(1, rows)) & (seen.against < 1 - config.editing_threshold)
+        edited = known & better
+        filled = filled.commit(rows, seen.tokens, edited, edit=True)
+    again = torch.where(edited.any(1), canvas.post - 1, 0)  # a full block is left once nothing changes
+    post = torch.where(asked.any(1), config.post_steps, again)
+    return replace(filled, calls=canvas.calls + 1, post=post, forwards=canvas.forwards + 1)
+
+
+def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, uniform: Tensor, length: int) -> Tensor:
+    """How many of the `asked` [B, K] positions a call commits at least, [B] (see `DecodeConfig.schedule`).
+
+    Shared evenly, no call is left with more than its share (the first take the remainder) and the last fills the block.
+    """
+    open_rows, steps, calls = asked.sum(1), config.steps_per_block(canvas.ids.shape[1]), canvas.calls
+    if config.num_to_transfer is not None:
+        return torch.full_like(open_rows, config.num_to_transfer)
+    if config.schedule == "fixed":
+        return length // steps + (calls < length % steps).long()
+    if config.schedule == "time":
+        times = torch.linspace(1, config.eps, steps + 1).to(asked.device)
+        share = 1 - times[(calls + 1).clamp(max=steps)] / times[calls.clamp(max=steps - 1)]
+        if config.remasking == "origin":  # as many as fall below their share, and `choose` takes the lowest
+            some = (asked & (uniform < share[:, None])).sum(1)
+        else:
+            some = (open_rows * share).long()
+        return torch.where(calls < steps - 1, some, open_rows)
+    return -(-open_rows // (steps - calls).clamp(min=1))
+
+
+def _finished(canvas: Canvas, config: DecodeConfig) -> Tensor:
+    """[B] bool: all is known, or all up to and including an end of sequence; and the block needs no further call."""
+    length, stopped = reply_length(canvas.ids, canvas.committed, config.stop_ids)
+    left = canvas.post > 0
+    if config.eos_early_stop and config.editing_threshold is None:
+        return stopped | (length == canvas.ids.shape[1]) & ~left
+    block_length = canvas.block_length or config.block_of(canvas.ids.shape[1])
+    return ~left & (stopped & (_first_block(canvas, block_length) > canvas.block) | canvas.committed.all(1))
 
 
 def _enter_block(canvas: Canvas, block_length: int) -> Canvas:
-    """Each row at the block of its first unknown token, its calls counted from there."""
-    block = canvas.committed.long().argmin(1) // block_length
+    """Each row at the block of its first unknown token, its calls counted from there; or still at a full one."""
+    block = torch.where(canvas.post > 0, canvas.block, _first_block(canvas, block_length))
     return replace(canvas, block=block, calls=torch.where(block == canvas.block, canvas.calls, 0))
+
+
+def _first_block(canvas: Canvas, block_length: int) -> Tensor:
+    """The block of each row's first unknown token, [B]."""
+    return (canvas.committed.long().argmin(1) + canvas.offset) // block_length
 
 
 def _open_rows(canvas: Canvas, block_length: int, *, compact: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,10 +127,9 @@ def _open_rows(canvas: Canvas, block_length: int, *, compact: bool) -> tuple[Ten
     K is the whole block, so that shapes stay the same from call to call; `compact` leaves the known ones out.
     """
     slots = torch.arange(block_length, device=canvas.ids.device).expand(len(canvas), -1)
-    rows = canvas.block[:, None] * block_length + slots
-    asked = rows < canvas.ids.shape[1]
-    rows = rows.clamp(max=canvas.ids.shape[1] - 1)
-    asked = asked & ~canvas.committed.gather(1, rows)
+    places = canvas.block[:, None] * block_length - canvas.offset[:, None] + slots
+    rows = places.clamp(0, canvas.ids.shape[1] - 1)
+    asked = (rows == places) & ~canvas.committed.gather(1, rows)
     if not compact:
         return rows, asked, slots
     slots = (~asked).long().argsort(dim=1, stable=True)[:, : int(asked.sum(1).max())]

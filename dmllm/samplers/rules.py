@@ -4,10 +4,10 @@ A rule gives the *doubt* about each open position; the least doubtful are commit
 mass that speaks against the choice, never as one minus a rounded probability, so that float32 does not tie at 1.
 
 Sources: low_confidence and random, Nie et al., LLaDA, arXiv:2502.09992, section 2.4; margin and entropy, Ye et al.,
-Dream, arXiv:2508.15487, and Kim et al., arXiv:2502.06768; threshold, Wu et al., Fast-dLLM, arXiv:2505.22618, section
-3.3. Ranking by the probability of a *drawn* token (low_confidence at temperature > 0) favours probable texts even at
-one token a step; margin, entropy and random look at the distribution alone, and at one token a step they draw exactly
-from a model with exact conditionals (tests/samplers/test_denoise.py).
+Dream, arXiv:2508.15487, and Kim et al., arXiv:2502.06768; sequential, SDAR, arXiv:2510.06303; threshold, Wu et al.,
+Fast-dLLM, arXiv:2505.22618, section 3.3. Ranking by the probability of a *drawn* token (low_confidence at
+temperature > 0) favours probable texts even at one token a step; margin, entropy and random look at the distribution
+alone, and at one token a step they draw exactly from a model with exact conditionals (tests/samplers/test_denoise.py).
 
 Shapes: B rows of the batch, K positions asked for, V vocabulary.
 """
@@ -40,22 +40,31 @@ class Estimate:
 
 
 def estimate(logits: Tensor, mask_id: int, config: DecodeConfig, uniform: Tensor | None = None) -> Estimate:
-    """Choose a token for each position; the mask token is never one.
+    """Choose a token for each position; the mask token and `config.suppress_ids` are never one.
 
     Args:
         logits: [B, K, V], left as they are.
         uniform: [B, K] float64 in [0, 1), one number a position; needed at temperature > 0.
     """
     scores = logits.to(torch.float32, copy=True)
-    scores[..., mask_id] = -torch.inf
+    mask = scores[..., mask_id].clone()
+    scores[..., [mask_id, *config.suppress_ids]] = -torch.inf
     highest, top = scores.max(-1)
-    scores -= highest[..., None]
     tokens = top
     if config.draws_tokens:
         assert uniform is not None
         tokens = draw(scores, uniform, config.temperature, config.top_p)
+    if config.distrust_ids:  # chosen or not, they have no part in the distribution by which choices are ranked
+        scores[..., config.distrust_ids] = -torch.inf
+        highest, top = scores.max(-1)
+    if config.count_mask:
+        scores[..., mask_id] = mask.minimum(highest + MOST)
+    scores -= highest[..., None]
     weights = scores.exp_().scatter_(-1, top[..., None], 0.0)
     return Estimate(tokens, top, weights, weights.sum(-1))
+
+
+MOST = 60.0  # exp of it is far from overflow, and beside it any other mass is nothing
 
 
 def draw(scores: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -93,6 +102,11 @@ def entropy(seen: Estimate, uniform: Tensor) -> Tensor:
 def random_order(seen: Estimate, uniform: Tensor) -> Tensor:
     """Doubt [B, K]: none in particular; the order is drawn."""
     return uniform
+
+
+def sequential(seen: Estimate, uniform: Tensor) -> Tensor:
+    """Doubt [B, K]: the same everywhere, so that the first goes first."""
+    return torch.zeros_like(seen.others)
 
 
 def choose(doubt: Tensor, sure: Tensor | None, asked: Tensor, quota: Tensor) -> Tensor:
