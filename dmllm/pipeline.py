@@ -8,7 +8,7 @@ in float32 (to rounding in the model), also when tokens are drawn, since every r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """A checkpoint ready to be asked.
 
@@ -59,6 +60,7 @@ def load(
         device: None is the GPU if there is one, else the CPU.
         dtype: None is float32 on a CPU and the checkpoint's own elsewhere.
         revision: of a hub name: a branch, tag or commit.
+        config: fields over those of a published config.json, e.g. {"image_aspect_ratio": "pad"}.
 
     Raises:
         ValueError, FileNotFoundError: there is no such checkpoint, or it is not complete; the message says which file.
@@ -71,7 +73,7 @@ def load(
         dtype = found
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    loaded = folder.load(path_or_name, device=device, dtype=dtype, revision=revision)
+    loaded = folder.load(path_or_name, device=device, dtype=dtype, revision=revision, config=config)
     return Pipeline(loaded.model, loaded.processor, loaded.generation)
 
 
@@ -271,16 +273,10 @@ class Pipeline:
 
     @property
     def tiling(self) -> TilingConfig | None:
-        """How images are cut: the processor's way, or one tile of the vision encoder's size; None for text only."""
+        """How images are cut: the processor's way, or the model's own; None for text only."""
         if self.processor is not None:
             return self.processor.config.tiling
-        vision = getattr(self.model, "vision", None)
-        if vision is None:
-            return None
-        size, grid = tuple(vision.image_size), tuple(self.model.image_grid)
-        return TilingConfig(
-            tile_size=size, grid=grid, row_break=self.model.config.row_break, interpolation=vision.interpolation
-        )
+        return getattr(self.model, "tiling", None)
 
     def describe(self) -> dict[str, Any]:
         """Parts, sizes, ids and decode defaults, by name."""

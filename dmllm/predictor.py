@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmllm.models.projectors import resize_maps
 from dmllm.nn.cache import KVCache
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.requests import fingerprint
@@ -146,7 +147,8 @@ def encode_distinct(model: Any, prompts: Batch) -> Tensor | None:
     first = [order.index(k) for k in range(len(places))]
     features = model.encode_images(prompts.pixel_values[first].to(model.device))
     per_tile = features.view(len(places), -1, features.shape[-1])
-    return per_tile[torch.tensor(order, device=features.device)].flatten(0, 1)
+    features = per_tile[torch.tensor(order, device=features.device)].flatten(0, 1)
+    return features if prompts.image_resizes is None else resize_maps(features, prompts.image_resizes, model.image_grid)
 
 
 def _with_canvas(prompts: Batch, length: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from dmllm.data.images import cut_tiles, load_image
-from dmllm.tiling import ROW_BREAK, TilingConfig, plan
+from dmllm.tiling import ROW_BREAK, Resize, TilingConfig, plan
 from dmllm.types import IGNORE, PREFIX, TEXT, Example, SpecialTokens
 
 Seeds = int | Generator | Sequence[Generator] | None
@@ -97,10 +97,9 @@ def rows_of_ids(
     if bool((real.long().diff(dim=1) != 0).sum(1).gt(1).any()):
         raise ValueError("attention_mask has zeros inside a row; padding stands at its left or its right end.")
     ids = [row[keep] for row, keep in zip(input_ids.cpu(), real, strict=True)]
-    pictures = _pictures(images, tiling)
     counts = [0 if special.image is None else int((row == special.image).sum()) for row in ids]
     asked = []
-    for number, (row, cuts) in enumerate(zip(ids, _share(pictures, counts), strict=True)):
+    for number, (row, cuts) in enumerate(zip(ids, _pictures(images, counts, tiling), strict=True)):
         example, columns = _expand(row, cuts, counts[number], f"row {number}", tiling, image_prefix, special)
         columns = columns + int(real[number].long().argmax()) if len(row) else columns
         first = torch.full((input_ids.shape[1],), len(columns))
@@ -113,38 +112,43 @@ def rows_of_ids(
 class _Picture:
     slots: Tensor  # [n]
     tiles: Tensor  # [T, 3, H, W]
+    resize: Resize | None
 
 
-def _pictures(images: Any, tiling: TilingConfig | None) -> list[Any]:
-    """Images cut into tiles, in the nesting they came in."""
-    cut = []
-    for image in _images_of(images):
-        if image is None or isinstance(image, list | tuple):
-            cut.append(_pictures(image, tiling))
-            continue
+def _pictures(images: Any, counts: list[int], tiling: TilingConfig | None) -> list[list[_Picture]]:
+    """The pictures of each row, cut into tiles; from `counts` of image tokens when they come as one list."""
+    given = _images_of(images)
+    if any(image is None or isinstance(image, list | tuple) for image in given):
+        if len(given) != len(counts):
+            raise ValueError(f"images: {len(given)} lists for {len(counts)} rows of ids; give one (or None) for each.")
+        return [_cut(_images_of(own), tiling) for own in given]
+    if len(counts) == 1:
+        return [_cut(given, tiling)]
+    if sum(counts) == len(given):
+        rest = iter(given)
+        return [_cut([next(rest) for _ in range(count)], tiling) for count in counts]
+    return _share(_cut(given, tiling, each=True), counts)
+
+
+def _cut(images: list[Any], tiling: TilingConfig | None, *, each: bool = False) -> list[_Picture]:
+    """The images of one row cut into tiles; `each`: of a row of its own."""
+    pictures = []
+    for image in images:
         if tiling is None:
             raise ValueError("This model takes text only; leave the images out.")
+        own = tiling if each else tiling.of(len(images))
         picture = load_image(image)
-        scheme = plan(picture.width, picture.height, tiling)
-        cut.append(_Picture(torch.tensor(scheme.slots), cut_tiles(picture, scheme, tiling)))
-    return cut
+        scheme = plan(picture.width, picture.height, own)
+        pictures.append(_Picture(torch.tensor(scheme.slots), cut_tiles(picture, scheme, own), scheme.resize))
+    return pictures
 
 
-def _share(pictures: list[Any], counts: list[int]) -> list[list[_Picture]]:
-    """Which pictures belong to which row, from `counts` of image tokens when they come as one list."""
-    if any(isinstance(p, list) for p in pictures):
-        if len(pictures) != len(counts):
-            raise ValueError(
-                f"images: {len(pictures)} lists for {len(counts)} rows of ids; give one (or None) for each."
-            )
-        return [p if isinstance(p, list) else [p] for p in pictures]
-    if len(counts) == 1:
-        return [pictures]
-    once = sum(counts) == len(pictures)
+def _share(pictures: list[_Picture], counts: list[int]) -> list[list[_Picture]]:
+    """Which pictures belong to which row, where an image token stands for each of an image's rows."""
     rest, shares = list(pictures), []
     for count in counts:
         share: list[_Picture] = []
-        while rest and (len(share) if once else sum(len(p.slots) for p in share)) < count:
+        while rest and sum(len(p.slots) for p in share) < count:
             share.append(rest.pop(0))
         shares.append(share)
     if rest:
@@ -179,9 +183,11 @@ def _expand(
         ids, is_image = ids[columns], is_image[columns]
     slots = torch.full((len(ids),), TEXT)
     tiles = 0
-    parts = []
+    parts, resizes = [], []
     for picture in pictures:
         assert tiling is not None
+        if picture.resize is not None:
+            resizes.append(picture.resize._replace(tile=picture.resize.tile + tiles))
         parts.append(torch.where(picture.slots == ROW_BREAK, ROW_BREAK, picture.slots + tiles * tiling.rows_per_tile))
         tiles += len(picture.tiles)
     if parts:
@@ -197,6 +203,7 @@ def _expand(
         documents=documents,
         positions=torch.arange(len(ids)),
         pixel_values=torch.cat([p.tiles for p in pictures]) if pictures else None,
+        image_resizes=torch.tensor(resizes) if resizes else None,
     )
     return example, columns
 

@@ -4,9 +4,11 @@
     pad      one tile, the image centred on a canvas of the tile's shape (LLaVA's expand2square), then resized
     anyres   a base tile (the whole image, resized) and the image at its best-fitting pinpoint resolution, centred and
              cut into tiles in row-major order (LLaVA-NeXT's any-resolution)
+    native   the image at (about) its own size and shape, in as many tiles as it has, each of which is one stream row
 
 Source: LLaVA-NeXT `mm_utils.py` (select_best_resolution, resize_and_pad_image, expand2square) and `llava_arch.py`
-(unpad_image, image_newline).
+(unpad_image, image_newline); LLaVA-OneVision's "anyres_max_N", arXiv:2408.03326, section 3.2; Qwen2-VL's smart_resize
+and get_rope_index, arXiv:2409.12191, section 2.1.
 Conventions: sizes are (height, width); a slot is a row of the image's features, tile * rows * columns + row of the
 tile; ROW_BREAK stands for the learned end-of-row vector.
 """
@@ -14,24 +16,31 @@ tile; ROW_BREAK stands for the learned end-of-row vector.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from dmllm.types import ROW_BREAK
 
 Size = tuple[int, int]  # (height, width)
+Grid = tuple[int, int, int]  # (frames, rows, columns)
 
 LARGEST_CANVAS = 64_000_000  # pixels; a longer, thinner image is shrunk before it is padded
 LONGEST_PADDED_SIDE = 4096  # pixels, of an image shrunk for that reason
+LARGEST_ASPECT = 200  # the longer side over the shorter, of an image at its own shape
+TOLERATED = 1.1  # times the largest side that a feature map may have before it is resized
 
 
 @dataclass(frozen=True, kw_only=True)
 class TilingConfig:
     """How an image is cut for a vision encoder that takes tiles of one size."""
 
-    mode: Literal["resize", "pad", "anyres"] = "resize"
-    """resize: one tile, aspect ignored; pad: one tile, aspect kept; anyres: a base tile and a grid of tiles."""
+    mode: Literal["resize", "pad", "anyres", "native"] = "resize"
+    """resize: one tile, aspect ignored; pad: one tile, aspect kept; anyres: a base tile and a grid of tiles; native: as
+    many tiles as the image has."""
     tile_size: Size = (0, 0)
     """Height and width of a tile in pixels; (0, 0) is filled in from the vision encoder when a model is composed."""
     grid: Size = (0, 0)
@@ -42,6 +51,14 @@ class TilingConfig:
     """A learned end-of-row vector after every feature row of the tiled part (anyres), or after the single tile."""
     unpad: bool = True
     """anyres: leave out the feature rows and columns that come from padding."""
+    max_tiles: int | None = None
+    """anyres: more feature rows than 1.1^2 times those of this many tiles are resized to about as many; None: kept."""
+    min_pixels: int = 56 * 56
+    """native: smaller images are enlarged to at least this many pixels."""
+    max_pixels: int = 28 * 28 * 1280
+    """native: larger images are shrunk to at most this many pixels."""
+    several: Literal["same", "pad"] = "same"
+    """How each of several images of one request is cut: as one alone, or as one padded tile each."""
     fill: tuple[int, int, int] | None = None
     """Red, green, blue of the padding, 0-255; None: the encoder's mean (127) for pad, black for anyres, as LLaVA."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -53,8 +70,14 @@ class TilingConfig:
         object.__setattr__(self, "pinpoints", tuple(tuple(p) for p in self.pinpoints))
         if self.fill is not None:
             object.__setattr__(self, "fill", tuple(self.fill))
-        if self.mode not in ("resize", "pad", "anyres"):
-            raise ValueError(f"tiling mode={self.mode!r} is not known; use resize, pad or anyres.")
+        if self.mode not in ("resize", "pad", "anyres", "native"):
+            raise ValueError(f"tiling mode={self.mode!r} is not known; use resize, pad, anyres or native.")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} must be at least 1 and at most {self.max_pixels=}.")
+        if self.several not in ("same", "pad"):
+            raise ValueError(f"tiling several={self.several!r} is not known; use same or pad.")
+        if self.max_tiles is not None and (self.mode != "anyres" or self.max_tiles < 1):
+            raise ValueError(f"max_tiles={self.max_tiles} with mode={self.mode!r}: at least 1, and only with anyres.")
         if (self.mode == "anyres") != bool(self.pinpoints):
             raise ValueError(
                 f"mode={self.mode!r} with pinpoints={self.pinpoints}: pinpoints belong to mode='anyres', which needs "
@@ -70,6 +93,12 @@ class TilingConfig:
         """Rows of image features that one tile yields."""
         return self.grid[0] * self.grid[1]
 
+    def of(self, images: int) -> TilingConfig:
+        """How each of so many images of one request is cut."""
+        if images < 2 or self.several == "same":
+            return self
+        return replace(self, mode="pad", pinpoints=(), max_tiles=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -81,6 +110,20 @@ class View:
     final: Size  # the canvas is resized to this: a whole number of tiles
 
 
+class Resize(NamedTuple):
+    """A feature map that is made smaller, bilinearly, and then takes the place of its first tiles' rows."""
+
+    tile: int  # the map's first tile
+    down: int  # tiles of the map
+    across: int
+    top: int  # the part that is kept of it, in feature rows and columns
+    bottom: int
+    left: int
+    right: int
+    height: int  # what that becomes
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What an image of one size becomes."""
@@ -88,6 +131,8 @@ class Plan:
     views: tuple[View, ...]
     slots: tuple[int, ...]  # one entry a stream row: tile * rows_per_tile + row of the tile, or ROW_BREAK
     num_tiles: int
+    grid: Grid | None = None  # native: the tiles as frames x rows x columns
+    resize: Resize | None = None  # what happens to the features before the slots name them
 
 
 @lru_cache(maxsize=4096)
@@ -106,6 +151,12 @@ def plan(width: int, height: int, config: TilingConfig) -> Plan:
         )
     if config.mode == "anyres":
         return _anyres(width, height, config)
+    if config.mode == "native":
+        size = native_size(width, height, config)
+        grid = (1, size[0] // config.tile_size[0], size[1] // config.tile_size[1])
+        whole = View(size=size, canvas=size, offset=(0, 0), final=size)
+        tiles = grid[1] * grid[2]
+        return Plan(views=(whole,), slots=tuple(range(tiles * config.rows_per_tile)), num_tiles=tiles, grid=grid)
     tile = config.tile_size
     one = View(size=tile, canvas=tile, offset=(0, 0), final=tile)
     if config.mode == "pad":
@@ -141,6 +192,40 @@ def unpadded(width: int, height: int, rows: int, columns: int, patch_aspect: flo
     return range(rows), range(cut, columns - cut)
 
 
+def native_size(width: int, height: int, config: TilingConfig) -> Size:
+    """The nearest whole numbers of tiles, within `min_pixels` and `max_pixels`, that keep the shape (smart_resize).
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    if max(width, height) > LARGEST_ASPECT * min(width, height):
+        raise ValueError(f"An image of {width}x{height} pixels is more than {LARGEST_ASPECT} times as long as wide.")
+    sides = tuple(zip((height, width), config.tile_size, strict=True))
+    rounded = [round(side / tile) * tile for side, tile in sides]
+    if math.prod(rounded) > config.max_pixels:
+        scale = math.sqrt(height * width / config.max_pixels)
+        rounded = [max(tile, math.floor(side / scale / tile) * tile) for side, tile in sides]
+    elif math.prod(rounded) < config.min_pixels:
+        scale = math.sqrt(config.min_pixels / (height * width))
+        rounded = [math.ceil(side * scale / tile) * tile for side, tile in sides]
+    return rounded[0], rounded[1]
+
+
+def axis_positions(segments: Sequence[int | Grid], start: int = 0) -> np.ndarray:
+    """Positions in time, height and width [3, L] of text (its number of rows) and images (their grids) in turn.
+
+    A token of text stands at one number on all three axes. An image's rows stand at the number behind what precedes,
+    plus their frame, row and column; what follows goes on behind the largest of these.
+    """
+    parts = [np.zeros((3, 0), dtype=np.int64)]
+    for segment in segments:
+        grid = (segment, 1, 1) if isinstance(segment, int) else segment
+        steps = np.indices(grid).reshape(3, -1)
+        parts.append(start + (steps[:1].repeat(3, 0) if isinstance(segment, int) else steps))
+        start += max(grid)
+    return np.concatenate(parts, 1)
+
+
 def _padded(width: int, height: int, tile: Size) -> View:
     canvas_h = max(height, math.ceil(width * tile[0] / tile[1]))
     canvas_w = max(width, math.ceil(height * tile[1] / tile[0]))
@@ -172,11 +257,25 @@ def _anyres(width: int, height: int, config: TilingConfig) -> Plan:
     if config.unpad:
         aspect = (tile_w * rows) / (tile_h * columns)
         map_rows, map_columns = unpadded(width, height, len(map_rows), len(map_columns), aspect)
+    resize = _resize(map_rows, map_columns, (tiles_down, tiles_across), config)
     slots = list(range(rows * columns))
-    for y in map_rows:
-        for x in map_columns:
-            tile = 1 + (y // rows) * tiles_across + x // columns
-            slots.append(tile * rows * columns + (y % rows) * columns + x % columns)
+    for y in map_rows if resize is None else range(resize.height):
+        if resize is None:
+            first = (1 + (y // rows) * tiles_across) * rows * columns + (y % rows) * columns
+            slots += [first + (x // columns) * rows * columns + x % columns for x in map_columns]
+        else:
+            first = resize.tile * rows * columns + y * resize.width
+            slots += range(first, first + resize.width)
         if config.row_break:
             slots.append(ROW_BREAK)
-    return Plan(views=views, slots=tuple(slots), num_tiles=1 + tiles_down * tiles_across)
+    return Plan(views=views, slots=tuple(slots), num_tiles=1 + tiles_down * tiles_across, resize=resize)
+
+
+def _resize(map_rows: range, map_columns: range, tiles: Size, config: TilingConfig) -> Resize | None:
+    """What `max_tiles` makes of a map of which these rows and columns are kept; None where it is small enough."""
+    height, width = len(map_rows), len(map_columns)
+    times = math.sqrt(height * width / (config.max_tiles * config.rows_per_tile)) if config.max_tiles else 0.0
+    if times <= TOLERATED:
+        return None
+    kept = (map_rows.start, map_rows.stop, map_columns.start, map_columns.stop)
+    return Resize(1, *tiles, *kept, max(1, int(height // times)), max(1, int(width // times)))

@@ -51,7 +51,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """The ids that carry meaning for the model; every one is a row of its vocabulary."""
+    """The ids that carry meaning for the model: rows of its vocabulary, but `image` may be a negative placeholder."""
 
     mask: int
     eos: int
@@ -67,8 +67,10 @@ class Example:
     labels: Tensor  # [L] int64, IGNORE where nothing is predicted
     image_slots: Tensor  # [L] int64
     documents: Tensor  # [L] int64
-    positions: Tensor  # [L] int64
+    positions: Tensor  # [L] int64, or [4, L]: the place, then time, height and width
     pixel_values: Tensor | None = None  # [T, 3, H, W] uint8, or None without images
+    image_resizes: Tensor | None = None  # [R, 9] int64, the numbers of dmllm.tiling.Resize, by their first tile
+    image_grids: Tensor | None = None  # [N, 3] int64: frames, rows and columns of tiles, of images of native size
     index: int = 0  # global example index, the key of its random draws
 
     def __len__(self) -> int:
@@ -83,19 +85,21 @@ class Batch:
     labels: Tensor  # [B, L] int64
     image_slots: Tensor  # [B, L] int64
     documents: Tensor  # [B, L] int64
-    positions: Tensor  # [B, L] int64, or [3, B, L] for three-axis rotary
+    positions: Tensor  # [B, L] int64, or [4, B, L]: the place, then time, height and width for three-axis rotary
     pixel_values: Tensor | None = None  # [T, 3, H, W] uint8
+    image_resizes: Tensor | None = None  # [R, 9] int64, on the CPU: feature maps to be resized, by their first tile
+    image_grids: Tensor | None = None  # [N, 3] int64, on the CPU: images of native size, as frames x rows x columns of tiles
     indices: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [B] global example indices
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; the draws' indices stay on the CPU, where generators live."""
+        """The same batch on another device; indices of draws and sizes of maps stay on the CPU, where they are read."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if f.name != "indices" and isinstance(value := getattr(self, f.name), Tensor)
+            if f.name not in ("indices", "image_resizes", "image_grids") and isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 

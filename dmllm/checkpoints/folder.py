@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,6 @@ from dmllm.families import Family, family_of
 from dmllm.hub import fetch, find
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
-from dmllm.tiling import TilingConfig
 
 CONFIG, GENERATION, CARD, PROCESSOR = "config.json", "generation_config.json", "README.md", "processor_config.json"
 DECODE = "decode_defaults"  # the configuration's attribute; never in config.json
@@ -100,6 +99,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | Literal["auto"] | None = None,
     revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Read a folder, the folder of a packaged model, or a hub name, for evaluation.
 
@@ -107,6 +107,7 @@ def load(
         device: where the model goes; None is the CPU.
         dtype: of the weights; "auto" is the file's own, None that too, but float32 on a CPU.
         revision: branch, tag or commit of a hub name.
+        config: fields over those of a published config.json, e.g. {"image_aspect_ratio": "pad"}.
 
     Raises:
         FileNotFoundError: there is no such folder or name; says what there is and how to get it.
@@ -114,16 +115,22 @@ def load(
     """
     folder = resolve(path_or_name, revision=revision)
     device = torch.device(device or "cpu")
-    if model_type(folder) != DmllmConfig.model_type and (family := family_of(read_json(folder / CONFIG))):
-        return _load_published(folder, family, device, dtype)
-    config = read_config(folder)
+    if model_type(folder) != DmllmConfig.model_type:
+        published = {**read_json(folder / CONFIG), **(config or {})}
+        if family := family_of(published):
+            return _load_published(folder, family, published, device, dtype)
+    if config:
+        raise ValueError(
+            f"{folder} is no published checkpoint of a known family, so config={dict(config)} has no place."
+        )
+    ours = read_config(folder)
     kept: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     generation.pop("transformers_version", None)
     with _quiet():
         loaded: Any = MultimodalModel.from_pretrained(
             folder,
-            config=config,
+            config=ours,
             dtype=kept,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -137,22 +144,30 @@ def load(
     return Loaded(model=model.to(device).eval(), processor=processor, generation=generation)
 
 
-def _load_published(folder: Path, family: Family, device: torch.device, dtype: Any) -> Loaded:
+def _load_published(
+    folder: Path, family: Family, published: Mapping[str, Any], device: torch.device, dtype: Any
+) -> Loaded:
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    published = read_json(folder / CONFIG)
+    published = {**_beside(folder, family), **published}
     model = read_published(folder, family, published, device=device, dtype=None if dtype == "auto" else dtype)
     set_decode_defaults(model, family.decode)
     processor = None
     if find(folder, TOKENIZER) is not None:
-        tiling = family.processor.get("tiling")
+        tiling = model.tiling
         config = ProcessorConfig(
             **{key: value for key, value in family.processor.items() if key != "tiling"},
-            tiling=None if tiling is None else TilingConfig(**tiling),
+            tiling=None if tiling is None else replace(tiling, **family.processor.get("tiling", {})),
         )
         with _quiet():
             tokenizer = read_tokenizer(folder, family.tokenizer)
         processor = Processor(tokenizer, config, model.config.special, family.chat_template)
     return Loaded(model=model, processor=processor, generation=dict(family.decode))
+
+
+def _beside(folder: Path, family: Family) -> dict[str, Any]:
+    """The JSON files that stand beside a family's config.json, by the names they have without ".json"."""
+    found = [folder / name for name in family.beside if (folder / name).is_file()]
+    return {path.stem: read_json(path) for path in found}
 
 
 def decode_defaults(model: MultimodalModel) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from dmllm.tiling import Resize
 from dmllm.types import IGNORE, PADDING, TEXT, Batch, Example, SpecialTokens
 
 
@@ -46,25 +47,30 @@ def collate(
     labels = np.full(shape, IGNORE)
     image_slots = np.full(shape, TEXT)
     documents = np.full(shape, PADDING)
-    positions = np.zeros(shape, dtype=np.int64)
+    axes = (4,) if any(example.positions.ndim == 2 for example in examples) else ()
+    positions = np.zeros((*axes, *shape), dtype=np.int64)
     tiles = 0
+    resizes = []
     for row, example in enumerate(examples):
         n = len(example)
         at = slice(0, n) if side == "right" else slice(shape[1] - n, shape[1])
         input_ids[row, at] = example.input_ids.numpy()
         labels[row, at] = example.labels.numpy()
         documents[row, at] = example.documents.numpy()
-        positions[row, at] = example.positions.numpy()
+        positions[..., row, at] = example.positions.numpy()
         if example.pixel_values is not None:
             slots = example.image_slots.numpy()
             image_slots[row, at] = np.where(slots >= 0, slots + tiles * rows_per_tile, slots)
+            if example.image_resizes is not None:
+                resizes.append(example.image_resizes + torch.tensor([tiles] + [0] * (len(Resize._fields) - 1)))
             tiles += example.pixel_values.shape[0]
         if eos_padding == "batch" and n < shape[1]:
             input_ids[row, n:] = special.eos
             labels[row, n:] = special.eos if score_padding else IGNORE
             documents[row, n:] = documents[row, n - 1]
-            positions[row, n:] = positions[row, n - 1] + 1 + np.arange(shape[1] - n)
+            positions[..., row, n:] = positions[..., row, n - 1 : n] + 1 + np.arange(shape[1] - n)
     pixels = [example.pixel_values for example in examples if example.pixel_values is not None]
+    grids = [example.image_grids for example in examples if example.image_grids is not None]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -72,5 +78,7 @@ def collate(
         documents=torch.from_numpy(documents),
         positions=torch.from_numpy(positions),
         pixel_values=torch.cat(pixels) if pixels else None,
+        image_resizes=torch.cat(resizes) if resizes else None,
+        image_grids=torch.cat(grids) if grids else None,
         indices=torch.tensor([example.index for example in examples], dtype=torch.int64),
     )

@@ -11,12 +11,14 @@ every document continues at position p, so that a packed document has the ids an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from dmllm.tiling import Resize
 from dmllm.types import IGNORE, PREFIX, TEXT, Example, Message, Part
 
 Turns = Literal["all", "one", "each"]
@@ -30,6 +32,7 @@ class Chunk(NamedTuple):
     is_answer: bool = False  # labelled; cut from the end if the row is too long
     is_padding: bool = False  # end tokens behind an answer
     is_scored: bool = True  # padding only: whether it is labelled
+    grid: Grid | None = None  # of an image of native size
 
 
 Document = list[Chunk]
@@ -106,10 +109,11 @@ def leading_images(messages: list[Message], document: Document) -> int:
     return places[leading - 1] if leading else 0
 
 
-def tiles_of(documents: list[Document], rows_per_tile: int) -> int:
-    """How many tiles the documents refer to."""
+def tiles_of(documents: list[Document], rows_per_tile: int, resizes: Sequence[Resize] = ()) -> int:
+    """How many tiles the documents refer to; a map that is resized to fewer rows than its tiles have needs all."""
     last = max((int(c.slots.max()) for d in documents for c in d if c.slots is not None), default=-1)
-    return last // rows_per_tile + 1
+    tiles = last // rows_per_tile + 1
+    return max([tiles, *(r.tile + r.down * r.across for r in resizes if r.tile < tiles)])
 
 
 @lru_cache(maxsize=4096)
@@ -172,7 +176,13 @@ def _with_part_of_padding(document: Document, kept: Document, room: int) -> Docu
     return [*kept, following._replace(ids=following.ids[:room])]
 
 
-def lay_out(documents: list[Document], shared: int, pixel_values: torch.Tensor | None, index: int) -> Example:
+def lay_out(
+    documents: list[Document],
+    shared: int,
+    pixel_values: torch.Tensor | None,
+    index: int,
+    resizes: Sequence[Resize] = (),
+) -> Example:
     """One row of documents, the first `shared` chunks of each laid out once in front.
 
     Raises:
@@ -208,7 +218,28 @@ def lay_out(documents: list[Document], shared: int, pixel_values: torch.Tensor |
         labels=torch.from_numpy(np.where(scored, ids, IGNORE)),
         image_slots=torch.from_numpy(slots),
         documents=torch.from_numpy(document_ids),
-        positions=torch.from_numpy(np.arange(at) - shift),
+        positions=torch.from_numpy(_positions(documents, shared, np.arange(at) - shift)),
         pixel_values=pixel_values,
+        image_resizes=torch.tensor(resizes) if resizes else None,
+        image_grids=_grids(chunks),
         index=index,
     )
+
+
+def _positions(documents: list[Document], shared: int, place: np.ndarray) -> np.ndarray:
+    """Each row's place [L]; with images of native size [4, L], the place and the positions in time, height and width."""
+    if all(chunk.grid is None for document in documents for chunk in document):
+        return place
+    front, *own = [
+        [chunk.grid or len(chunk.ids) for chunk in part]
+        for part in (documents[0][:shared], *(document[shared:] for document in documents))
+    ]
+    axes = axis_positions(front)
+    behind = int(axes.max(initial=-1)) + 1
+    return np.concatenate([place[None], np.concatenate([axes, *(axis_positions(o, behind) for o in own)], 1)])
+
+
+def _grids(chunks: Document) -> torch.Tensor | None:
+    """The grids of the images [N, 3], in the order of their tiles; one that stands twice in a row has its tiles once."""
+    grids = {int(chunk.slots[0]): chunk.grid for chunk in chunks if chunk.slots is not None and chunk.grid is not None}
+    return torch.tensor([grids[first] for first in sorted(grids)]) if grids else None

@@ -39,7 +39,7 @@ from dmllm.data.packing import (
 )
 from dmllm.data.tokens import Tokens
 from dmllm.hub import fetch
-from dmllm.tiling import ROW_BREAK, TilingConfig, plan
+from dmllm.tiling import ROW_BREAK, Resize, TilingConfig, plan
 from dmllm.types import PADDING, Example, Message, Part, Record, SpecialTokens
 
 CONFIG_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
@@ -147,7 +147,7 @@ class Processor:
             if turns == "each":
                 check_each(self.config)
             conversations = split_turns(record.messages, turns, generator)
-            rows, pixel_values = self._images(conversations)
+            rows, pixel_values, resizes = self._images(conversations)
             only_last = turns != "all"
             documents = [self._document(messages, rows, only_last=only_last) for messages in conversations]
             if not all(document[-1].is_answer for document in documents):
@@ -160,8 +160,9 @@ class Processor:
             shared = self._shared(conversations[0], documents[0])
             kept = fit(documents, shared, self.config.max_length)
             if kept is not documents and pixel_values is not None:
-                pixel_values = pixel_values[: tiles_of(kept, self.rows_per_tile)]
-            return lay_out(kept, shared, pixel_values, index)
+                tiles = tiles_of(kept, self.rows_per_tile, resizes)
+                pixel_values, resizes = pixel_values[:tiles], [r for r in resizes if r.tile < tiles]
+            return lay_out(kept, shared, pixel_values, index, resizes)
         except ValueError as error:
             raise ValueError(f"{record.location}: {error}") from None
 
@@ -235,10 +236,10 @@ class Processor:
         examples = []
         for one, given in zip(texts, lists, strict=True):
             parts: list[Part] = [{"type": "image", "image": image} for image in given]
-            rows, pixel_values = self._images([[{"role": "user", "content": parts}]])
+            rows, pixel_values, resizes = self._images([[{"role": "user", "content": parts}]])
             document = self._chunks([(*self.tokens.encode(one), False)], [rows[id(part)] for part in parts])
             shared = self._shared([{"role": "user", "content": parts}], document)
-            examples.append(lay_out([document], shared, pixel_values, 0))
+            examples.append(lay_out([document], shared, pixel_values, 0, resizes))
         if not padding and len({len(example) for example in examples}) > 1:
             raise ValueError("The texts differ in length; set padding=True.")
         return self._features(examples, padding_side)
@@ -288,12 +289,12 @@ class Processor:
                 "image_slots": batch.image_slots,
                 "documents": batch.documents,
                 "positions": batch.positions,
-                **({} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}),
+                **{k: v for k in ("pixel_values", "image_resizes") if (v := getattr(batch, k)) is not None},
             }
         )
 
     def _prompt(self, conversation: list[Message], add_generation_prompt: bool) -> Example:
-        rows, pixel_values = self._images([conversation])
+        rows, pixel_values, resizes = self._images([conversation])
         document = self._document(conversation, rows, add_generation_prompt, only_last=True)
         if (size := length(document)) > self.config.max_length:
             images = sum(len(chunk.ids) for chunk in document if chunk.slots is not None)
@@ -302,10 +303,11 @@ class Processor:
                 f"max_length={self.config.max_length}; shorten it, or raise max_length in processor_config.json."
             )
         document = [chunk._replace(is_answer=False) for chunk in document]
-        return lay_out([document], self._shared(conversation, document), pixel_values, 0)
+        return lay_out([document], self._shared(conversation, document), pixel_values, 0, resizes)
 
-    def _images(self, conversations: list[list[Message]]) -> tuple[dict[int, np.ndarray], Tensor | None]:
-        """The slots of every image part, by the part's identity, and all tiles in order of first appearance."""
+    def _images(self, conversations: list[list[Message]]) -> tuple[dict[int, np.ndarray], Tensor | None, list[Resize]]:
+        """The slots of every image part, by the part's identity; all tiles in order of first appearance; and what of
+        them is to be resized."""
         parts: dict[int, Part] = {}
         for messages in conversations:
             for message in messages:
@@ -313,11 +315,12 @@ class Processor:
                     if part["type"] == "image":
                         parts[id(part)] = part
         if not parts:
-            return {}, None
-        tiling = self.config.tiling
-        if tiling is None:
+            return {}, None, []
+        if self.config.tiling is None:
             raise ValueError("an image, but this model reads text only (tiling: null).")
+        tiling = self.config.tiling.of(len(parts))
         rows, tiles, num_tiles = {}, [], 0
+        resizes: list[Resize] = []
         for key, part in parts.items():
             if "image" not in part:
                 raise ValueError("an image part without an image.")
@@ -326,10 +329,12 @@ class Processor:
             slots = np.array(cut.slots)
             if num_tiles:
                 slots[slots != ROW_BREAK] += num_tiles * tiling.rows_per_tile
+            if cut.resize is not None:
+                resizes.append(cut.resize._replace(tile=cut.resize.tile + num_tiles))
             rows[key] = slots
             tiles.append(cut_tiles(image, cut, tiling))
             num_tiles += cut.num_tiles
-        return rows, tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        return rows, tiles[0] if len(tiles) == 1 else torch.cat(tiles), resizes
 
     def _document(
         self,

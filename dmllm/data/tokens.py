@@ -12,6 +12,7 @@ from dmllm.types import Message, Part, SpecialTokens
 
 CACHED_TEXTS = 65536  # ids of recent short texts; questions repeat
 CACHED_CHARACTERS = 512
+PLACEHOLDER = "<image>"  # the text of an image token that the vocabulary does not have (LLaVA, arXiv:2304.08485)
 
 
 class Tokens:
@@ -20,10 +21,10 @@ class Tokens:
     def __init__(self, tokenizer: Any, special: SpecialTokens):
         self.tokenizer, self.image = tokenizer, special.image
         self.mask_text = self.text_of(special.mask)
-        self.image_text = None if special.image is None else self.text_of(special.image)
+        self.image_text = None if special.image is None else self._text_of_image(special.image)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_texts = tuple(sorted(specials | set(tokenizer.all_special_tokens)))
-        self._encoder = _encoder(tokenizer)
+        self._encoder = self._splitting_encoder()
         self._cache: dict[str, tuple[np.ndarray, list[int]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -31,7 +32,7 @@ class Tokens:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._encoder = _encoder(self.tokenizer)
+        self._encoder = self._splitting_encoder()
 
     def encode(self, text: str) -> tuple[np.ndarray, list[int]]:
         """The ids [n] int64 of a text, and where among them the image tokens are."""
@@ -52,6 +53,21 @@ class Tokens:
         if text is None:
             raise ValueError(f"The tokenizer has no token {token_id}; it knows {len(self.tokenizer)} tokens.")
         return text
+
+    def _text_of_image(self, token_id: int) -> str:
+        return PLACEHOLDER if token_id < 0 else self.text_of(token_id)
+
+    def _splitting_encoder(self) -> Callable[[str], list[int]]:
+        """Where the image token is no token of the tokenizer, what stands around it is encoded piece by piece."""
+        encode, image, text = _encoder(self.tokenizer), self.image, self.image_text
+        if image is None or text is None or image >= 0:
+            return encode
+
+        def around(whole: str) -> list[int]:
+            first, *others = (encode(part) if part else [] for part in whole.split(text))
+            return [*first, *(number for part in others for number in (image, *part))]
+
+        return around
 
     def images_in(self, messages: list[Message]) -> list[Part]:
         """The image parts of the messages.

@@ -12,6 +12,7 @@ Shapes: B rows, L stream rows, T image tiles, N rows of one tile, D hidden, V vo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,12 @@ from transformers.utils import ModelOutput
 
 from dmllm.models.backbones import BACKBONES
 from dmllm.models.configuration import DmllmConfig
-from dmllm.models.projectors import ProjectorConfig, build_projector
+from dmllm.models.projectors import ProjectorConfig, build_projector, resize_maps
 from dmllm.models.vision import VisionConfig, build_vision
 from dmllm.nn.cache import KVCache
 from dmllm.nn.visibility import Visibility, layout
-from dmllm.types import PADDING, ROW_BREAK
+from dmllm.tiling import TilingConfig
+from dmllm.types import PADDING, ROW_BREAK, TEXT
 
 
 @dataclass
@@ -70,6 +72,8 @@ class MultimodalModel(PreTrainedModel):
             )
         if config.row_break:
             self.row_break = nn.Parameter(torch.empty(width))
+        if config.unused:
+            self.unused = Unused(config.unused)
         self.post_init()
 
     @property
@@ -79,19 +83,33 @@ class MultimodalModel(PreTrainedModel):
             raise ValueError("This model has no vision encoder: it takes text only.")
         return self.projector.grid  # type: ignore[return-value]
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image."""
+    @property
+    def tiling(self) -> TilingConfig | None:
+        """How images are cut, unless a processor says otherwise; None for text only."""
+        if self.vision is None:
+            return None
+        fitting = {
+            "tile_size": tuple(self.vision.image_size),
+            "grid": tuple(self.image_grid),
+            "interpolation": self.vision.interpolation,
+            "row_break": self.config.row_break,
+        }
+        return TilingConfig(**{**fitting, **(self.config.tiling or {})})
+
+    def encode_images(self, pixel_values: Tensor, image_resizes: Tensor | None = None) -> Tensor:
+        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image; maps resized where `image_resizes` say."""
         if self.vision is None or self.projector is None:
             raise ValueError("This model has no vision encoder: it takes text only; leave the images out.")
-        return self.projector(self.vision(pixel_values)).flatten(0, 1)
+        rows = self.projector(self.vision(pixel_values)).flatten(0, 1)
+        return rows if image_resizes is None else resize_maps(rows, image_resizes, self.image_grid)
 
     def embed(
         self, input_ids: Tensor, image_slots: Tensor | None = None, image_features: Tensor | None = None
     ) -> Tensor:
         """The stream [B, L, D]: token rows, with image rows gathered where a slot names one."""
-        stream = self.backbone.embed(input_ids)
         if image_slots is None:
-            return stream
+            return self.backbone.embed(input_ids)
+        stream = self.backbone.embed(input_ids.masked_fill(image_slots != TEXT, 0))  # an image's ids may be no rows
         if self.row_break is not None:
             stream = torch.where((image_slots == ROW_BREAK)[..., None], self.row_break.to(stream.dtype), stream)
         if image_features is not None:
@@ -108,6 +126,7 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
+        image_resizes: Tensor | None = None,
         image_slots: Tensor | None = None,
         image_features: Tensor | None = None,
         documents: Tensor | None = None,
@@ -125,8 +144,9 @@ class MultimodalModel(PreTrainedModel):
         Args:
             input_ids: [B, L]; or `inputs_embeds` [B, L, D] in its place.
             attention_mask: [B, L], 0 at padding; used where no `documents` or `visibility` say it.
-            pixel_values, image_slots: tiles [T, 3, H, W] uint8 and the image row each stream row holds;
-                `image_features` [T * N, D] in place of pixels when they are already encoded.
+            pixel_values, image_resizes, image_slots: tiles [T, 3, H, W] uint8, the maps that are made smaller, and the
+                image row each stream row holds; `image_features` [T * N, D] in place of the first two when they are
+                already encoded.
             documents, positions: [B, L]; without them each row is one document, counted from its first real token.
             visibility: who sees whom; without it, the config's layout with the rows of `canvas` [B, L] bool being
                 denoised (all of them, if that is not said either).
@@ -135,7 +155,7 @@ class MultimodalModel(PreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None, "forward needs input_ids or inputs_embeds"
             if pixel_values is not None and image_features is None:
-                image_features = self.encode_images(pixel_values)
+                image_features = self.encode_images(pixel_values, image_resizes)
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
         context = None if cache is None else cache.visibility
@@ -202,6 +222,15 @@ class MultimodalModel(PreTrainedModel):
         """Only what no file holds: tables that timm computes. `initialise` makes a new model's weights."""
         if callable(compute := getattr(module, "init_non_persistent_buffers", None)):
             compute()
+
+
+class Unused(nn.Module):
+    """What a published checkpoint stores and its model never reads, kept so that it can be written back."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(tuple(shape)))
 
 
 def predicting_rows(

@@ -2,7 +2,7 @@
 
     linear         one matrix                                             (LLaVA, arXiv:2304.08485)
     mlp2x_gelu     linear, GELU, linear                                   (LLaVA-1.5, arXiv:2310.03744)
-    pool           neighbouring patches averaged or resized, then project (LaViDa, arXiv:2505.16839)
+    pool           neighbouring patches averaged or resized, before or behind a projection (LaViDa, arXiv:2505.16839)
     pixel_shuffle  neighbouring patches laid side by side, then project   (InternVL, arXiv:2404.16821)
     resampler      learned queries read the patches by cross-attention    (Flamingo's Perceiver, arXiv:2204.14198)
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmllm.registry import Table
+from dmllm.tiling import Resize
 
 PROJECTORS = Table(
     "projector",
@@ -72,12 +73,14 @@ class Mlp(nn.Sequential):
 
 
 class Pool(nn.Module):
-    """Fewer patches, then a projection. A side that `factor` does not divide is rounded up (27 -> 14).
+    """Fewer patches. A side that `factor` does not divide is rounded up (27 -> 14).
 
     Args:
         factor: patches per output row along each side.
-        mode: "average" over each factor x factor window, or "bilinear" resizing.
+        mode: "average" or "max" over each factor x factor window, or "bilinear" resizing.
         then: the projection, "mlp2x_gelu" or "linear".
+        projected: pool what is projected already, as LLaVA's code does, in place of the patches.
+        whole: average, max: leave out the windows that stand over the edge (27 -> 13).
     """
 
     def __init__(
@@ -88,22 +91,32 @@ class Pool(nn.Module):
         factor: int = 2,
         mode: str = "average",
         then: str = "mlp2x_gelu",
+        projected: bool = False,
+        whole: bool = False,
     ):
         super().__init__()
-        if mode not in ("average", "bilinear"):
-            raise ValueError(f"pool mode={mode!r} is not one of: average, bilinear.")
+        if mode not in ("average", "max", "bilinear"):
+            raise ValueError(f"pool mode={mode!r} is not one of: max, average, bilinear.")
         _check_factor("pool", factor)
-        self.patches, self.factor, self.mode = grid, factor, mode
-        self.grid = (-(-grid[0] // factor), -(-grid[1] // factor))
+        if whole and (mode == "bilinear" or min(grid) < factor):
+            raise ValueError(f"pool whole=True: mode={mode!r} must have a whole window of {factor} patches a side.")
+        self.patches, self.factor, self.mode, self.projected, self.whole = grid, factor, mode, projected, whole
+        self.grid = tuple(side // factor if whole else -(-side // factor) for side in grid)
         self.project = _projection(then, in_features, out_features, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.project(x)) if self.projected else self.project(self.pool(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Patches [T, rows * cols, D] -> [T, rows' * cols', D]."""
         image = x.transpose(1, 2).unflatten(2, self.patches)  # [T, D, rows, cols]
         if self.mode == "average":
-            pooled = F.avg_pool2d(image, self.factor, ceil_mode=True, count_include_pad=False)
+            pooled = F.avg_pool2d(image, self.factor, ceil_mode=not self.whole, count_include_pad=False)
+        elif self.mode == "max":
+            pooled = F.max_pool2d(image, self.factor, ceil_mode=not self.whole)
         else:
             pooled = F.interpolate(image, size=self.grid, mode="bilinear", align_corners=False)
-        return self.project(pooled.flatten(2).transpose(1, 2))
+        return pooled.flatten(2).transpose(1, 2)
 
 
 class PixelShuffle(nn.Module):
@@ -198,6 +211,27 @@ class _Reader(nn.Module):
         read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         rows = rows + self.out(read)
         return rows + self.mlp(self.norm_mlp(rows))
+
+
+def resize_maps(features: Tensor, resizes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Image rows [T * N, D] of which some images' maps are made smaller (`tiling.Resize`), in the place they had.
+
+    Args:
+        resizes: [R, 9] int64 on the CPU, by their first tile.
+        grid: (rows, columns) of one tile, N in all.
+    """
+    parts, done = [], 0
+    for numbers in resizes.tolist():
+        r = Resize(*numbers)
+        first, count = r.tile * grid[0] * grid[1], r.down * r.across * grid[0] * grid[1]
+        tiles = features[first : first + count].view(r.down, r.across, *grid, -1)
+        whole = tiles.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # [D, down * rows, across * columns]
+        kept = whole[None, :, r.top : r.bottom, r.left : r.right]
+        small = F.interpolate(kept, size=(r.height, r.width), mode="bilinear", align_corners=False)
+        rows = small[0].flatten(1).T  # [height * width, D]
+        parts += [features[done:first], rows, features[first + len(rows) : first + count]]
+        done = first + count
+    return torch.cat([*parts, features[done:]])
 
 
 def _projection(name: str, in_features: int, out_features: int, grid: tuple[int, int]) -> nn.Module:

@@ -77,7 +77,7 @@ def test_resampler_knows_where_a_patch_lies():
     ("name", "options", "message"),
     [
         ("mlp2x", {}, "did you mean mlp2x_gelu"),
-        ("pool", {"mode": "max"}, "average, bilinear"),
+        ("pool", {"mode": "median"}, "max, average, bilinear"),
         ("pool", {"size": 2}, "size"),
         ("pool", {"then": "conv"}, "linear, mlp2x_gelu"),
         ("pool", {"factor": 0}, "at least 1"),
