@@ -29,7 +29,7 @@ def fetch(name: str, need: tuple[str, ...], *, also: tuple[str, ...] = (), revis
     folder = Path(name).expanduser()
     if folder.is_dir():
         if missing := _missing(folder, need):
-            raise FileNotFoundError(f"The folder {name} has no {' and no '.join(missing)}.")
+            raise FileNotFoundError(f"The folder {name} has no {' and no '.join(missing)}.{pickle_advice(folder)}")
         return folder
     if folder.is_absolute() or name.startswith(("./", "../", "~")):
         raise FileNotFoundError(f"There is no folder {name}; the working directory is {Path.cwd()}.")
@@ -49,6 +49,17 @@ def fetch(name: str, need: tuple[str, ...], *, also: tuple[str, ...] = (), revis
         f"{name!r} is neither a folder nor complete in the Hugging Face cache ({constants.HF_HUB_CACHE}), and it could "
         f"not be downloaded ({reason}). Wanted: {', '.join(need).replace('|', ' or ')}. Where there is a network, type:"
         f"  {command}  (then copy that cache here), or give a folder."
+    )
+
+
+def pickle_advice(folder: Path) -> str:
+    """What to do about weights that come as pickles only; nothing where there are none."""
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if not pickles:
+        return ""
+    return (
+        f" It has {pickles[0]}: a pickle can run code when it is read, so it is not; let its publisher, or "
+        "transformers on a machine that trusts it, save it as safetensors (save_pretrained)."
     )
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmllm.hub import find
+from dmllm.hub import find, pickle_advice
 
 WEIGHTS = "model.safetensors|model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of a file that is written
@@ -43,14 +43,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     first = find(folder, WEIGHTS)
     if first is None:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        advice = (
-            f" It has {pickles[0]}: a pickle can run code when it is read, so it is not; let its publisher, or "
-            "transformers on a machine that trusts it, save it as safetensors (save_pretrained)."
-            if pickles
-            else ""
-        )
-        raise FileNotFoundError(f"The folder {folder} has no {WEIGHTS.replace('|', ' or ')}.{advice}")
+        wanted = WEIGHTS.replace("|", " or ")
+        raise FileNotFoundError(f"The folder {folder} has no {wanted}.{pickle_advice(folder)}")
     if first.suffix != ".json":
         return [first]
     names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
