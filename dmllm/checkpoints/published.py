@@ -20,7 +20,7 @@ from torch import Tensor
 from dmllm.checkpoints.weights import refuse_keys, save_shards, shown, weight_files
 from dmllm.config import to_dict
 from dmllm.families import FAMILIES, Family
-from dmllm.families.family import Key, matches, to_ours, to_theirs
+from dmllm.families.family import Key, matches, to_ours, to_theirs, whole_of
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 
@@ -40,6 +40,7 @@ def read_published(
         raise ValueError(f"{folder} ({family.title}): {error}") from None
     with init_empty_weights(include_buffers=False):
         model = MultimodalModel(ours)
+    model.tie_weights()  # undone by the weights that are moved nowhere
     filling = _Filling(model, family, folder, device, dtype)
     files = weight_files(folder)
     for file in shown(files, f"loading {folder.name}"):
@@ -115,19 +116,19 @@ class _Filling:
 
     def finish(self) -> None:
         """Raise ValueError unless everything was there and had a place, in the names of the checkpoint."""
-        lacking = [theirs for name, places in self.missing.items() for theirs in self._published_names(name, places)]
+        lacking = {theirs for name, places in self.missing.items() for theirs in self._published_names(name, places)}
         refuse_keys(lacking, self.unexpected, self.folder, f"{self.family.title} with this config.json")
         self.model.tie_weights()
 
     def _published_names(self, ours: str, places: set[int] | None) -> list[str]:
         """What the checkpoint calls one of ours, or some places of a stack."""
-        keys = _in_order(self.family, self.used)
+        keys = _in_order(self.family, self.chosen_names())
         try:
             names = [theirs for theirs, _ in to_theirs(keys, {ours: self.wanted[ours]})]
         except ValueError:
             return [f"(ours: {ours})"]
         if not names:
-            return [f"(part of ours: {ours})"]
+            return [whole_of(keys, ours)]
         return names if places is None else [names[place] for place in sorted(places)]
 
     def chosen_names(self) -> list[str]:
@@ -144,8 +145,11 @@ def stored_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _in_order(family: Family, chosen: Collection[str]) -> tuple[Key, ...]:
-    """The family's keys, those that a checkpoint chose before the others of the same weight."""
-    return tuple(sorted(family.keys, key=lambda key: key.theirs not in chosen))
+    """The family's keys; where a weight has several names, those as manieth as the ones that a checkpoint chose first."""
+    ours = [key.ours for key in family.keys]
+    manieth = {key.theirs: ours[:number].count(key.ours) for number, key in enumerate(family.keys)}
+    liked = {manieth[name] for name in chosen}
+    return tuple(sorted(family.keys, key=lambda key: manieth[key.theirs] not in liked))
 
 
 def _assign(model: torch.nn.Module, name: str, values: Tensor) -> None:

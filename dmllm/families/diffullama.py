@@ -1,8 +1,8 @@
 """DiffuLLaMA: LLaMA-2 adapted to full attention; the row before a position predicts it.
 
-The weights are named as the authors' wrapper (`DiscreteDiffusionModel`) saves them, and config.json is a Llama's with
-the id of the mask token added: `mask_token_id`, 811 for the released 7B model, an old word of the vocabulary. That
-field tells such a folder from a Llama's.
+The weights are named as the authors' wrapper (`DiscreteDiffusionModel`) saves them or, on the hub, as Llama's. What
+tells config.json from a Llama's is the id of the mask token, `mask_token_id`: for the released 7B model, whose
+config.json lacks it, write 811 there, the old word of the vocabulary that the authors took.
 
 Source: Gong et al., arXiv:2410.17891; code HKUNLP/DiffuLLaMA (model.py, attention_patch.py, inf_diffullama.py).
 """
@@ -14,20 +14,26 @@ from typing import Any
 from dmllm.families.dream import backbone
 from dmllm.families.family import Family, Fields, Rename, need, require
 
-LAYER = "denoise_model.layers.{n}."
+
+def keys(base: str, embedding: str) -> tuple[Rename, ...]:
+    """The weights of a Llama whose layers lie under `base`, and its embedding."""
+    parts = (
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        "input_layernorm",
+        "post_attention_layernorm",
+    )
+    return (
+        Rename(embedding, "backbone.embed_tokens.weight"),
+        Rename(f"{base}.norm.weight", "backbone.norm.weight"),
+        *(Rename(f"{base}.layers.{{n}}.{part}.weight", f"backbone.layers.{{n}}.{part}.weight") for part in parts),
+    )
+
+
 KEYS = (
-    Rename("embed_tokens.weight", "backbone.embed_tokens.weight"),
-    Rename("denoise_model.norm.weight", "backbone.norm.weight"),
     Rename("lm_head.weight", "backbone.lm_head.weight"),
-    *(
-        Rename(f"{LAYER}{part}.weight", f"backbone.layers.{{n}}.{part}.weight")
-        for part in (
-            *(f"self_attn.{name}_proj" for name in "qkvo"),
-            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-            "input_layernorm",
-            "post_attention_layernorm",
-        )
-    ),
+    *keys("denoise_model", "embed_tokens.weight"),
+    *keys("model", "model.embed_tokens.weight"),
 )
 
 

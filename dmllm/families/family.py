@@ -164,6 +164,15 @@ def to_theirs(keys: tuple[Key, ...], weights: Mapping[str, Tensor]) -> Iterator[
             raise ValueError(f"{name} has no published name in this family.")
 
 
+def whole_of(keys: tuple[Key, ...], part: str) -> str:
+    """The published name of the weight that holds `part`, one of ours, together with others."""
+    for key in keys:
+        for ours in key.ours if isinstance(key, Split) else ():
+            if found := _pattern(ours).fullmatch(part):
+                return _fill(key.theirs, found.groupdict())
+    raise ValueError(f"{part} is no part of a published weight.")
+
+
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
     return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", escaped))

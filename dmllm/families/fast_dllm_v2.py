@@ -22,12 +22,14 @@ def to_dmllm(config: Fields) -> dict[str, Any]:
     if set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"config.json: layer_types={config['layer_types']} is not supported; only full_attention is.")
     block_size, known = config.get("bd_size", 32), need(config, "vocab_size")
-    mask = config.get("mask_token_id", MASK if MASK < known else None)
+    mask = config.get("mask_token_id")
     if mask is None:
-        raise ValueError(f"config.json lacks mask_token_id; the usual {MASK} is beyond vocab_size={known}.")
+        if known <= MASK:
+            raise ValueError(f"config.json lacks mask_token_id; the usual {MASK} is beyond vocab_size={known}.")
+        mask = MASK
     eos = config.get("eos_token_id")
     if eos is None:
-        eos = STOP if STOP < known else mask  # the mask is never predicted, so nothing ends before the canvas does
+        eos = STOP if known > STOP else mask  # the mask is never predicted, so nothing ends before the canvas does
     pad = config.get("pad_token_id")
     return {
         "backbone": {**backbone(config), "qkv_bias": True},

@@ -1,4 +1,4 @@
-"""Checkpoints recorded from the authors' code: tests/golden/<family>, its tensors, and copies with something changed."""
+"""Checkpoints recorded from the authors' code, tests/golden/<family>, and copies of them with something changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def assert_written_back(pipe: Any, recorded: Recorded, out: Path) -> None:
     written = load_file(write_published(pipe.model, out) / "model.safetensors")
     assert set(written) == set(recorded.weights)
     for name, tensor in recorded.weights.items():
-        assert torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype, name
+        assert written[name].dtype == tensor.dtype, name
+        assert torch.equal(written[name], tensor), name
     assert json.loads((out / "config.json").read_text()) == recorded.config
 
 
@@ -90,6 +91,7 @@ def noised(
     )
 
 
+@torch.no_grad()
 def mean(objective: Any, model: Any, noised: Noised) -> float:
     loss = objective.loss(model, noised)["masked"]
     return float(loss.total / loss.count)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dmllm.checkpoints.published import write_published
 from dmllm.nn.visibility import layout
 from dmllm.objectives import build_objective
 from tests.families.recorded import Recorded, assert_written_back, mean, noised
@@ -57,6 +59,17 @@ def test_the_loss_is_that_of_the_authors(pipe):
 
 def test_a_checkpoint_is_written_back_to_the_bit(pipe, tmp_path):
     assert_written_back(pipe, RECORDED, tmp_path)
+
+
+def test_under_the_names_of_a_llama_it_is_the_same_model_and_keeps_them(pipe, tmp_path):
+    names = {name: name.replace("denoise_model.", "model.") for name in RECORDED.weights}
+    names["embed_tokens.weight"] = "model.embed_tokens.weight"
+    weights = {names[name]: tensor for name, tensor in RECORDED.weights.items()}
+    renamed = RECORDED.changed(tmp_path, weights)
+    assert (renamed.logits(RECORDED.inputs["ids"]) - pipe.logits(RECORDED.inputs["ids"])).abs().max() < 1e-5
+    written = load_file(write_published(renamed.model, tmp_path / "out") / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize(

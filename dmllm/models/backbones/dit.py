@@ -140,8 +140,8 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(config.cond_dim, 2 * width)
         self.lm_head = nn.Linear(width, config.vocab_size)
         if config.noise_range:
-            self.noise_min = nn.Parameter(torch.tensor(NOISE_EPS), requires_grad=False)
-            self.noise_max = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+            self.register_buffer("noise_min", torch.tensor(NOISE_EPS))
+            self.register_buffer("noise_max", torch.tensor(1.0))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D]."""
