@@ -20,7 +20,7 @@ import torch
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.causal_lm import KINDS
 from dmllm.checkpoints.compose import ModelSpec, compose
-from dmllm.checkpoints.published import write_weights
+from dmllm.checkpoints.published import stored_weights, write_weights
 from dmllm.checkpoints.weights import read_weights, refuse_keys
 from dmllm.families import family_of
 from dmllm.models.configuration import DmllmConfig
@@ -88,7 +88,7 @@ def _to_published(path: Path, out: Path) -> Path:
     config = folder.read_config(path)
     with torch.device("meta"):
         model = MultimodalModel(config)
-    wanted, known = {name for name, _ in model.named_parameters()}, model.state_dict().keys()
+    wanted, known = stored_weights(model).keys(), model.state_dict().keys()  # tied weights once, and under each name
     weights = read_weights(path)
     refuse_keys(wanted - weights.keys(), weights.keys() - known, path, f"the model of its {folder.CONFIG}")
     write_weights(config, {name: weights[name] for name in weights if name in wanted}, out)
