@@ -13,6 +13,7 @@ from typing import Any
 
 from dmllm.families.dream import backbone
 from dmllm.families.family import Family, Fields, Rename, need, require
+from dmllm.families.mdlm import PROCESS
 
 
 def keys(base: str, embedding: str) -> tuple[Rename, ...]:
@@ -55,11 +56,11 @@ DIFFULLAMA = Family(
     name="diffullama",
     title="DiffuLLaMA 7B",
     source="arXiv:2410.17891; HKUNLP/DiffuLLaMA",
-    recognise=lambda config: config.get("model_type") == "llama" and "mask_token_id" in config,
+    recognise=lambda config: config.get("model_type") == "llama" and {"mask_token_id", "hidden_size"} <= set(config),
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
-    decode={"max_new_tokens": 256, "steps": 64, "remasking": "random", "temperature": 0.9, "top_p": 0.9},
+    decode={**PROCESS, "max_new_tokens": 256, "steps": 64, "temperature": 0.9, "top_p": 0.9},
     verified="logits with full and causal attention, loss: tests/families/test_diffullama.py",
     example={
         "architectures": ["LlamaForCausalLM"],

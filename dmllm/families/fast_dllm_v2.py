@@ -49,7 +49,7 @@ FAST_DLLM_V2 = Family(
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
-    decode={"max_new_tokens": 128, "block_length": 32, "threshold": 0.9},
+    decode={"max_new_tokens": 128, "threshold": 0.9},
     verified="logits against transformers' Qwen2: tests/families/test_fast_dllm_v2.py",
     example={
         "architectures": ["Fast_dLLM_QwenForCausalLM"],

@@ -20,6 +20,7 @@ from dmllm.families.family import Family, Fields, Key, Rename, Split, need, requ
 
 GPT2_EOS = 50256
 ROPE_THETA = 10000.0
+PROCESS = {"schedule": "time", "remasking": "origin", "eps": 1e-5}  # ancestral sampling, the corruption run backwards
 
 
 def keys(prefix: str) -> tuple[Key, ...]:
@@ -117,7 +118,7 @@ MDLM = Family(
     config=to_dmllm,
     keys=keys(""),
     computed=wavelengths("", "hidden_size"),
-    decode={"max_new_tokens": 128, "remasking": "random", "temperature": 1.0},
+    decode={**PROCESS, "max_new_tokens": 128, "steps": 128, "temperature": 1.0},
     verified="logits, losses: tests/families/test_mdlm.py",
     example={
         "model": {"hidden_size": 64, "cond_dim": 16, "length": 64, "n_blocks": 2, "n_heads": 4, "dropout": 0.1},
