@@ -18,7 +18,7 @@ from torch import Tensor
 from dmllm.checkpoints import folder
 from dmllm.data.collate import collate
 from dmllm.nn.visibility import check_layout, layout
-from dmllm.predictor import Predictor, encode_distinct
+from dmllm.predictor import Predictor, encode_distinct, likelihoods
 from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
 from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import DecodeConfig, decode_config
@@ -190,6 +190,7 @@ class Pipeline:
         time: Tensor | None = None,
         canvas: Tensor | None = None,
         visibility: str | None = None,
+        feedback: Tensor | None = None,
     ) -> Tensor:
         """Aligned logits [B, P, V]: entry [b, i] scores the token AT column i of the ids.
 
@@ -200,10 +201,13 @@ class Pipeline:
             canvas: [B, P] bool, the columns that are being denoised, for models whose prompt does not see them;
                 None is all.
             visibility: who sees whom: full, prefix, causal, or block:N such as block:4; None is the model's own.
+            feedback: [B, P, V], logits that the model gave before, for models conditioned on their own.
 
         Raises:
-            ValueError: as `generate`; or an unknown visibility.
+            ValueError: as `generate`; or an unknown visibility, or feedback for a model that takes none.
         """
+        if feedback is not None and not getattr(self.model, "takes_feedback", False):
+            raise ValueError("This model is not conditioned on its own logits; leave feedback out.")
         ids, asked = self._asked(input_ids, attention_mask, images)
         batch = self._collate([a.example for a in asked])
         features = encode_distinct(self.model, batch)
@@ -215,34 +219,75 @@ class Pipeline:
         def spread(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
+            if values.ndim == 3:
+                return values.cpu().gather(1, columns[..., None].expand(-1, -1, values.shape[-1])).to(device)
             return (values.cpu().gather(1, columns) if values.ndim == 2 else values).to(device)
 
-        rule, columns_of_canvas = None, spread(canvas)
+        rule, noised = None, spread(canvas)
         if visibility is not None:
             check_layout(visibility)
-            real = batch.documents >= 0
-            rule = layout(
-                visibility,
-                documents=batch.documents,
-                canvas=real if columns_of_canvas is None else columns_of_canvas,
-                positions=batch.positions,
-            )
+            noised = batch.documents >= 0 if noised is None else noised
+            rule = layout(visibility, documents=batch.documents, canvas=noised, positions=batch.positions)
         found = self.model(
             input_ids=batch.input_ids,
             image_slots=batch.image_slots,
             image_features=features,
             documents=batch.documents,
             positions=batch.positions,
-            canvas=columns_of_canvas,
+            canvas=noised,
             visibility=rule,
             time=spread(time),
             rows=torch.stack([own.rows for own in asked]).to(device),
+            **({} if feedback is None else {"feedback": spread(feedback)}),
         ).logits
         assert found.shape[:2] == ids.shape
         return found
 
+    def score(
+        self,
+        input_ids: Any,
+        answer_ids: Any,
+        attention_mask: Any = None,
+        images: Any = None,
+        *,
+        num_samples: int = 128,
+        hidden: Any = None,
+        cfg_scale: float = 0.0,
+        batch_size: int = 16,
+        generator: Seeds = None,
+        use_cache: bool | None = None,
+    ) -> Tensor:
+        """log p(answer | prompt, images) of each row in nats, [B] float64, by Monte Carlo (`predictor.likelihoods`).
+
+        Args:
+            input_ids, attention_mask, images: the prompts, as for `generate`.
+            answer_ids: [B, n], or a list of B answers of any lengths.
+            num_samples: views of each answer, some of its tokens hidden in each.
+            hidden: [num_samples, n] bool, what each view hides, in place of drawing it; for one row.
+            cfg_scale: guidance, as in decoding.
+            batch_size: views in one model call.
+
+        Raises:
+            ValueError: shapes do not fit, an answer is empty, or the model conditions on more than one masked answer.
+        """
+        examples = [own.example for own in self._asked(input_ids, attention_mask, images)[1]]
+        return likelihoods(
+            self.model,
+            [self._collate([example]) for example in examples],
+            [torch.as_tensor(answer, device=self.device) for answer in answer_ids],
+            self.special.mask,
+            row_generators(generator, examples),
+            num_samples=num_samples,
+            hidden=None if hidden is None else torch.as_tensor(hidden, device=self.device).bool(),
+            batch_size=batch_size,
+            cfg_scale=cfg_scale,
+            use_cache=use_cache,
+        )
+
     def decode_config(self, **decode: Any) -> DecodeConfig:
         """The settings of one call: `decode` over the checkpoint's defaults. Raises ValueError naming a wrong one."""
+        if (own := getattr(self.model, "decode_config", None)) is not None:
+            return own(decode, self.generation)
         config = decode_config(decode, self.generation)
         if config.eos_token_id is not None:
             return config
@@ -300,6 +345,9 @@ class Pipeline:
     def _denoise(
         self, examples: list[Example], config: DecodeConfig, generator: Seeds, use_cache: bool | None
     ) -> Iterator[Step]:
+        if (own := getattr(self.model, "denoise", None)) is not None:
+            draws = None if generator is None else row_generators(generator, examples)
+            return own(self._collate(examples), config, draws)
         predictor = Predictor(
             self.model,
             self._collate(examples),

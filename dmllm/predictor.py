@@ -9,11 +9,12 @@ Shapes: B requests, P prompt rows (padded on the right), N canvas tokens, K posi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from dmllm.models.projectors import resize_maps
 from dmllm.nn.cache import KVCache
@@ -28,13 +29,14 @@ class _Prompts:
     """The prompts of some requests, ready to be fed."""
 
     stream: Tensor  # [B, P, D] embeddings
-    positions: Tensor  # [B, P + N]
+    positions: Tensor  # [B, P + N] or [4, B, P + N]
     visibility: Visibility  # of P + N rows
     cache: KVCache | None
 
     def select(self, rows: Tensor) -> _Prompts:
         cache = None if self.cache is None else self.cache.select(rows)
-        return _Prompts(self.stream[rows], self.positions[rows], self.visibility.select(rows), cache)
+        positions = self.positions.index_select(-2, rows)
+        return _Prompts(self.stream[rows], positions, self.visibility.select(rows), cache)
 
 
 class Predictor:
@@ -72,7 +74,7 @@ class Predictor:
             if cfg_scale:
                 masked = torch.full_like(prompts.input_ids, mask_id)
                 stream = torch.cat([stream, model.embed(masked, torch.full_like(prompts.image_slots, TEXT))])
-                documents, positions = documents.repeat(2, 1), positions.repeat(2, 1)
+                documents, positions = documents.repeat(2, 1), torch.cat([positions, positions], -2)
             canvas = torch.arange(documents.shape[1], device=documents.device) >= stream.shape[1]
             visibility = layout(model.config.visibility, documents=documents, canvas=canvas.expand_as(documents))
             cache = self._cache(stream, positions, visibility, use_cache)
@@ -91,7 +93,7 @@ class Predictor:
         if now.cache is None:
             stream, rows = torch.cat([now.stream, stream], 1), rows + given
         else:
-            positions, visibility = positions[:, given:], _columns(visibility, slice(given, None))
+            positions, visibility = positions[..., given:], _columns(visibility, slice(given, None))
         logits = self.model(
             inputs_embeds=stream, positions=positions, visibility=visibility, cache=now.cache, rows=rows
         ).logits
@@ -129,7 +131,7 @@ class Predictor:
         none = torch.zeros(0, dtype=torch.int64, device=stream.device)
         self.model(
             inputs_embeds=stream,
-            positions=positions[:, :given],
+            positions=positions[..., :given],
             visibility=_columns(visibility, slice(given)),
             cache=cache,
             rows=none,
@@ -138,10 +140,75 @@ class Predictor:
         return cache
 
 
+def likelihoods(
+    model: Any,
+    prompts: list[Batch],
+    answers: list[Tensor],
+    mask_id: int,
+    draws: list[Generator],
+    *,
+    num_samples: int,
+    hidden: Tensor | None,
+    batch_size: int,
+    **options: Any,
+) -> Tensor:
+    """log p(answer | prompt) in nats for each pair, [B] float64: the mean over views of n/k sum(log p of the k hidden).
+
+    In expectation over views that hide k of n tokens, k uniform in 1..n and then any k of them, it is a lower bound,
+    tight for exact conditionals (Nie et al., LLaDA, arXiv:2502.09992, equation 6, whose variance is below that of 1/t).
+
+    Args:
+        prompts: each a batch of one; `options` are those of `Predictor`.
+        answers: [n] int64 each.
+        hidden: [S, n] bool, in place of `num_samples` drawn views; for one answer.
+
+    Raises:
+        ValueError: numbers or shapes do not fit, or the answer is not on one canvas.
+    """
+    kind = model.config.visibility
+    if kind not in ("full", "prefix"):
+        raise ValueError(f"Likelihoods need a model that masks a whole answer at once, not visibility={kind!r}.")
+    if len(answers) != len(prompts) or not all(answer.ndim == 1 and len(answer) for answer in answers):
+        raise ValueError(f"answer_ids: {len(answers)} for {len(prompts)} prompts; give each one that is not empty.")
+    found = []
+    for prompt, answer, own in zip(prompts, answers, draws, strict=True):
+        views = draw_views(len(answer), num_samples, own).to(answer.device) if hidden is None else hidden
+        if views.shape[1:] != answer.shape or not bool(views.any(1).all()) or (hidden is not None and len(answers) > 1):
+            raise ValueError(
+                f"hidden is {tuple(views.shape)} for {len(answers)} answers; it takes [views, {len(answer)}] for one "
+                "answer, with something hidden in each view."
+            )
+        predict = Predictor(model, prompt, len(answer), mask_id, **options)
+        found.append(sum(_log_probs(predict, answer, part, mask_id) for part in views.split(batch_size)) / len(views))
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def _log_probs(predict: Predictor, answer: Tensor, hidden: Tensor, mask_id: int) -> Tensor:
+    """The sum over views [S, n] of log p(what is hidden) n / (number hidden)."""
+    answers = answer.expand(len(hidden), -1)
+    canvas = Canvas.of(answers, ~hidden, mask_id)
+    canvas = replace(canvas, requests=torch.zeros_like(canvas.requests))  # all are views of one request
+    logits = predict(canvas, torch.arange(len(answer), device=answer.device).expand_as(answers)).float()
+    found = logits.gather(-1, answers[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return (found * hidden).sum(1).double() @ (len(answer) / hidden.sum(1).double())
+
+
+def draw_views(length: int, count: int, generator: Generator) -> Tensor:
+    """Which tokens each of `count` views hides, [count, length] bool: how many is spread evenly over 1..length."""
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
+    places = (offset.cpu() + torch.arange(count, dtype=torch.float64) / count) % 1.0
+    many = (places * length).long().clamp(max=length - 1) + 1
+    order = torch.rand(count, length, generator=generator, device=generator.device).cpu().argsort(1).argsort(1)
+    return order < many[:, None]
+
+
 def encode_distinct(model: Any, prompts: Batch) -> Tensor | None:
     """The image features of a batch [T * rows, D], each distinct tile encoded once; None without images."""
     if prompts.pixel_values is None:
         return None
+    if prompts.image_grids is not None:
+        return _encode_pictures(model, prompts.pixel_values, prompts.image_grids)
     places: dict[str, int] = {}
     order = [places.setdefault(fingerprint(tile), len(places)) for tile in prompts.pixel_values]
     first = [order.index(k) for k in range(len(places))]
@@ -151,17 +218,27 @@ def encode_distinct(model: Any, prompts: Batch) -> Tensor | None:
     return features if prompts.image_resizes is None else resize_maps(features, prompts.image_resizes, model.image_grid)
 
 
+def _encode_pictures(model: Any, tiles: Tensor, grids: Tensor) -> Tensor:
+    """The features of pictures of native size [T, D], each distinct picture encoded once."""
+    pictures = tiles.split(grids.prod(1).tolist())
+    keys = [fingerprint(picture, grid) for picture, grid in zip(pictures, grids, strict=True)]
+    distinct = {key: number for number, key in reversed(list(enumerate(keys)))}
+    chosen = sorted(distinct.values())
+    pixels = torch.cat([pictures[number] for number in chosen]).to(model.device)
+    features = model.encode_images(pixels, image_grids=grids[chosen]).split(grids[chosen].prod(1).tolist())
+    return torch.cat([features[chosen.index(distinct[key])] for key in keys])
+
+
 def _with_canvas(prompts: Batch, length: int) -> tuple[Tensor, Tensor]:
-    """Documents and positions [B, P + N]: the canvas continues each prompt's document from its own last position."""
-    real = prompts.documents != PADDING
-    following = torch.where(real, prompts.positions, -1).amax(1, keepdim=True) + 1 if real.shape[1] else _zero(real)
-    places = following + torch.arange(length, device=real.device)
-    documents = torch.cat([prompts.documents, torch.zeros_like(places)], 1)
-    return documents, torch.cat([prompts.positions, places], 1)
-
-
-def _zero(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape[0], 1, dtype=torch.int64, device=like.device)
+    """Documents [B, P + N] and positions: the canvas continues each prompt's document from its own last position, which
+    on three axes is the largest of the three."""
+    real, positions = prompts.documents != PADDING, prompts.positions
+    after = F.pad(torch.where(real, positions, -1), (1, 0), value=-1).amax(-1, keepdim=True) + 1
+    if positions.ndim == 3:
+        after = torch.cat([after[:1], after[1:].amax(0, keepdim=True).expand(3, -1, -1)])
+    following = after + torch.arange(length, device=real.device)  # [B, N] or [4, B, N]
+    documents = torch.cat([prompts.documents, real.new_zeros(len(real), length, dtype=torch.int64)], 1)
+    return documents, torch.cat([positions, following], -1)
 
 
 def _columns(visibility: Visibility, which: slice) -> Visibility:
