@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 
+from dmllm.checkpoints.native import write_native
 from dmllm.checkpoints.weights import refuse_keys, save_shards, shown, weight_files
 from dmllm.config import to_dict
 from dmllm.families import FAMILIES, Family
@@ -40,7 +41,7 @@ def read_published(
         raise ValueError(f"{folder} ({family.title}): {error}") from None
     with init_empty_weights(include_buffers=False):
         model = MultimodalModel(ours)
-    model.tie_weights()  # undone by the weights that are moved nowhere
+    model.tie_weights()  # without storage each weight is one by itself
     filling = _Filling(model, family, folder, device, dtype)
     files = weight_files(folder)
     for file in shown(files, f"loading {folder.name}"):
@@ -145,11 +146,11 @@ def stored_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _in_order(family: Family, chosen: Collection[str]) -> tuple[Key, ...]:
-    """The family's keys; where a weight has several names, those as manieth as the ones that a checkpoint chose first."""
+    """The family's keys; where weights have several names, the first, second, ... of all first, as those chosen are."""
     ours = [key.ours for key in family.keys]
-    manieth = {key.theirs: ours[:number].count(key.ours) for number, key in enumerate(family.keys)}
-    liked = {manieth[name] for name in chosen}
-    return tuple(sorted(family.keys, key=lambda key: manieth[key.theirs] not in liked))
+    ordinal = {key.theirs: ours[:number].count(key.ours) for number, key in enumerate(family.keys)}
+    liked = {ordinal[name] for name in chosen}
+    return tuple(sorted(family.keys, key=lambda key: ordinal[key.theirs] not in liked))
 
 
 def _assign(model: torch.nn.Module, name: str, values: Tensor) -> None:
@@ -168,6 +169,8 @@ def write_published(model: MultimodalModel, folder: str | Path) -> Path:
     Raises:
         ValueError: the model did not come from a published checkpoint.
     """
+    if hasattr(model, "stored_names"):
+        return write_native(model, folder)
     return write_weights(cast(DmllmConfig, model.config), stored_weights(model), folder)
 
 

@@ -189,4 +189,18 @@ def _grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Rows [M, in], sorted by expert, each times its expert's matrix of `stack` [E, out, in] -> [M, out]."""
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    return F.grouped_mm(rows.to(dtype), stack.to(dtype).transpose(1, 2), offs=ends)
+    rows, stack = rows.to(dtype), stack.to(dtype)
+    if _has_kernel(stack):
+        return F.grouped_mm(rows, stack.transpose(1, 2), offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    # Unbound once: the gradient of a selected matrix would be as large as the stack, for each of them.
+    return torch.cat([F.linear(part, one) for part, one in zip(rows.split(sizes), stack.unbind(), strict=True)])
+
+
+def _has_kernel(stack: Tensor) -> bool:
+    """Whether torch has a grouped product here: on CPUs and on GPUs from Ampere, where rows, columns and the stack itself
+    begin at multiples of 16 bytes. What is mapped from a file may begin anywhere."""
+    aligned = all(size * stack.element_size() % 16 == 0 for size in stack.shape[1:])
+    if stack.device.type == "cuda":
+        return aligned and torch.cuda.get_device_capability(stack.device) >= (8, 0)
+    return aligned and stack.device.type == "cpu" and stack.data_ptr() % 16 == 0
