@@ -62,6 +62,13 @@ DIFFULLAMA = Family(
     ignored=(r".*rotary_emb\.inv_freq",),
     decode={**PROCESS, "max_new_tokens": 256, "steps": 64, "temperature": 0.9, "top_p": 0.9},
     verified="logits with full and causal attention, loss: tests/families/test_diffullama.py",
+    quirks=(
+        (
+            "The loss is divided by the number of hidden tokens",
+            "reduction: masked",
+            "weighted by 1/t that is no bound; reduction: tokens is one",
+        ),
+    ),
     example={
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

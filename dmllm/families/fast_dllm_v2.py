@@ -51,6 +51,10 @@ FAST_DLLM_V2 = Family(
     ignored=(r".*rotary_emb\.inv_freq",),
     decode={"max_new_tokens": 128, "threshold": 0.9},
     verified="logits against transformers' Qwen2: tests/families/test_fast_dllm_v2.py",
+    quirks=(
+        ("A prompt of exactly one block is not read: it is neither stored nor fed", "fixed", "it is the context"),
+        ("Inside a block the calls use blocks of 32, whatever block_size is", "fixed", "they use bd_size"),
+    ),
     example={
         "architectures": ["Fast_dLLM_QwenForCausalLM"],
         "model_type": "Fast_dLLM_Qwen",
