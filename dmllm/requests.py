@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from dmllm.data.images import cut_tiles, load_image
-from dmllm.tiling import ROW_BREAK, Resize, TilingConfig, plan
+from dmllm.tiling import ROW_BREAK, Grid, Resize, TilingConfig, axis_positions, plan
 from dmllm.types import IGNORE, PREFIX, TEXT, Example, SpecialTokens
 
 Seeds = int | Generator | Sequence[Generator] | None
@@ -113,6 +113,7 @@ class _Picture:
     slots: Tensor  # [n]
     tiles: Tensor  # [T, 3, H, W]
     resize: Resize | None
+    grid: Grid | None
 
 
 def _pictures(images: Any, counts: list[int], tiling: TilingConfig | None) -> list[list[_Picture]]:
@@ -139,7 +140,8 @@ def _cut(images: list[Any], tiling: TilingConfig | None, *, each: bool = False) 
         own = tiling if each else tiling.of(len(images))
         picture = load_image(image)
         scheme = plan(picture.width, picture.height, own)
-        pictures.append(_Picture(torch.tensor(scheme.slots), cut_tiles(picture, scheme, own), scheme.resize))
+        slots, tiles = torch.tensor(scheme.slots), cut_tiles(picture, scheme, own)
+        pictures.append(_Picture(slots, tiles, scheme.resize, scheme.grid))
     return pictures
 
 
@@ -201,11 +203,28 @@ def _expand(
         labels=torch.full_like(ids, IGNORE),
         image_slots=slots,
         documents=documents,
-        positions=torch.arange(len(ids)),
+        positions=_positions(is_image, pictures),
         pixel_values=torch.cat([p.tiles for p in pictures]) if pictures else None,
         image_resizes=torch.tensor(resizes) if resizes else None,
+        image_grids=torch.tensor(grids) if (grids := [p.grid for p in pictures if p.grid is not None]) else None,
     )
     return example, columns
+
+
+def _positions(is_image: Tensor, pictures: list[_Picture]) -> Tensor:
+    """Places [L] of a row whose image rows are expanded; with images of native size [4, L], as in `Example`."""
+    place = torch.arange(len(is_image))
+    if all(picture.grid is None for picture in pictures):
+        return place
+    segments: list[int | Grid] = []
+    starts, at = is_image.nonzero().squeeze(1).tolist(), 0
+    for picture in pictures:
+        assert picture.grid is not None
+        start = starts[0]
+        segments += [start - at, picture.grid]
+        at, starts = start + len(picture.slots), starts[len(picture.slots) :]
+    segments.append(len(is_image) - at)
+    return torch.cat([place[None], torch.from_numpy(axis_positions(segments))])
 
 
 def row_generators(generator: Seeds, examples: list[Example]) -> list[Generator]:

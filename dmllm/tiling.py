@@ -72,6 +72,8 @@ class TilingConfig:
             object.__setattr__(self, "fill", tuple(self.fill))
         if self.mode not in ("resize", "pad", "anyres", "native"):
             raise ValueError(f"tiling mode={self.mode!r} is not known; use resize, pad, anyres or native.")
+        if self.mode == "native" and self.grid not in ((0, 0), (1, 1)):
+            raise ValueError(f"mode='native' makes one stream row of each tile, not {self.grid}; leave grid out.")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} must be at least 1 and at most {self.max_pixels=}.")
         if self.several not in ("same", "pad"):
@@ -219,10 +221,12 @@ def axis_positions(segments: Sequence[int | Grid], start: int = 0) -> np.ndarray
     """
     parts = [np.zeros((3, 0), dtype=np.int64)]
     for segment in segments:
-        grid = (segment, 1, 1) if isinstance(segment, int) else segment
-        steps = np.indices(grid).reshape(3, -1)
-        parts.append(start + (steps[:1].repeat(3, 0) if isinstance(segment, int) else steps))
-        start += max(grid)
+        if isinstance(segment, int):
+            steps, taken = np.arange(segment)[None].repeat(3, 0), segment
+        else:
+            steps, taken = np.indices(segment).reshape(3, -1), max(segment)
+        parts.append(start + steps)
+        start += taken
     return np.concatenate(parts, 1)
 
 

@@ -88,7 +88,7 @@ class Batch:
     positions: Tensor  # [B, L] int64, or [4, B, L]: the place, then time, height and width for three-axis rotary
     pixel_values: Tensor | None = None  # [T, 3, H, W] uint8
     image_resizes: Tensor | None = None  # [R, 9] int64, on the CPU: feature maps to be resized, by their first tile
-    image_grids: Tensor | None = None  # [N, 3] int64, on the CPU: images of native size, as frames x rows x columns of tiles
+    image_grids: Tensor | None = None  # [N, 3] int64, on the CPU: frames, rows and columns of tiles
     indices: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [B] global example indices
 
     def __len__(self) -> int:
@@ -96,10 +96,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; indices of draws and sizes of maps stay on the CPU, where they are read."""
+        staying = ("indices", "image_resizes", "image_grids")
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if f.name not in ("indices", "image_resizes", "image_grids") and isinstance(value := getattr(self, f.name), Tensor)
+            if f.name not in staying and isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 

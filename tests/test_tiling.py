@@ -121,7 +121,7 @@ def test_configurations_that_cannot_work_are_refused():
         tiny(mode="anyres")
     with pytest.raises(ValueError, match="pinpoints belong to mode='anyres'"):
         tiny(mode="pad", pinpoints=((4, 4),))
-    with pytest.raises(ValueError, match="use resize, pad or anyres"):
+    with pytest.raises(ValueError, match="use resize, pad, anyres or native"):
         tiny(mode="crop")
     with pytest.raises(ValueError, match="must be set"):
         plan(3, 3, TilingConfig())

@@ -224,10 +224,13 @@ def _tiling(values: Mapping[str, Any], model: MultimodalModel) -> TilingConfig |
         return None
     if values.get("row_break") and model.row_break is None:
         raise ValueError("model.tiling.row_break: this checkpoint has no row-break vector; leave it out.")
-    own = {"tile_size": vision.image_size, "grid": model.image_grid}
+    own = {"tile_size": vision.image_size, "grid": model.image_grid, **vision.tiling}
     for name, value in own.items():
-        if (given := tuple(values.get(name, value))) not in ((0, 0), value):
+        given = values.get(name, value)
+        if value not in (given, tuple(given)) and tuple(given) != (0, 0):
             raise ValueError(f"model.tiling.{name}={given}, but encoder and projector make it {value}; leave it out.")
+    if values.get("mode") == "native" and "mode" not in own:
+        raise ValueError("model.tiling.mode='native' needs an encoder of native resolution: model.vision: native:...")
     return TilingConfig(**{"interpolation": vision.interpolation, **values, **own})
 
 

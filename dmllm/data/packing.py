@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from dmllm.tiling import Resize
+from dmllm.tiling import Grid, Resize, axis_positions
 from dmllm.types import IGNORE, PREFIX, TEXT, Example, Message, Part
 
 Turns = Literal["all", "one", "each"]
@@ -227,7 +227,7 @@ def lay_out(
 
 
 def _positions(documents: list[Document], shared: int, place: np.ndarray) -> np.ndarray:
-    """Each row's place [L]; with images of native size [4, L], the place and the positions in time, height and width."""
+    """Each row's place [L]; with images of native size [4, L], the place, then time, height and width."""
     if all(chunk.grid is None for document in documents for chunk in document):
         return place
     front, *own = [
@@ -240,6 +240,6 @@ def _positions(documents: list[Document], shared: int, place: np.ndarray) -> np.
 
 
 def _grids(chunks: Document) -> torch.Tensor | None:
-    """The grids of the images [N, 3], in the order of their tiles; one that stands twice in a row has its tiles once."""
+    """The grids of the images [N, 3], in the order of their tiles."""
     grids = {int(chunk.slots[0]): chunk.grid for chunk in chunks if chunk.slots is not None and chunk.grid is not None}
     return torch.tensor([grids[first] for first in sorted(grids)]) if grids else None

@@ -39,10 +39,12 @@ from dmllm.data.packing import (
 )
 from dmllm.data.tokens import Tokens
 from dmllm.hub import fetch
-from dmllm.tiling import ROW_BREAK, Resize, TilingConfig, plan
+from dmllm.tiling import ROW_BREAK, Grid, Resize, TilingConfig, plan
 from dmllm.types import PADDING, Example, Message, Part, Record, SpecialTokens
 
 CONFIG_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
+IMAGES = ("pixel_values", "image_resizes", "image_grids")
+Rows = tuple[np.ndarray, Grid | None]  # an image's slots, and its grid if it keeps its own size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +291,7 @@ class Processor:
                 "image_slots": batch.image_slots,
                 "documents": batch.documents,
                 "positions": batch.positions,
-                **{k: v for k in ("pixel_values", "image_resizes") if (v := getattr(batch, k)) is not None},
+                **{k: v for k in IMAGES if (v := getattr(batch, k)) is not None},
             }
         )
 
@@ -305,8 +307,8 @@ class Processor:
         document = [chunk._replace(is_answer=False) for chunk in document]
         return lay_out([document], self._shared(conversation, document), pixel_values, 0, resizes)
 
-    def _images(self, conversations: list[list[Message]]) -> tuple[dict[int, np.ndarray], Tensor | None, list[Resize]]:
-        """The slots of every image part, by the part's identity; all tiles in order of first appearance; and what of
+    def _images(self, conversations: list[list[Message]]) -> tuple[dict[int, Rows], Tensor | None, list[Resize]]:
+        """The rows of every image part, by the part's identity; all tiles in order of first appearance; and what of
         them is to be resized."""
         parts: dict[int, Part] = {}
         for messages in conversations:
@@ -331,7 +333,7 @@ class Processor:
                 slots[slots != ROW_BREAK] += num_tiles * tiling.rows_per_tile
             if cut.resize is not None:
                 resizes.append(cut.resize._replace(tile=cut.resize.tile + num_tiles))
-            rows[key] = slots
+            rows[key] = slots, cut.grid
             tiles.append(cut_tiles(image, cut, tiling))
             num_tiles += cut.num_tiles
         return rows, tiles[0] if len(tiles) == 1 else torch.cat(tiles), resizes
@@ -339,7 +341,7 @@ class Processor:
     def _document(
         self,
         messages: list[Message],
-        rows: dict[int, np.ndarray],
+        rows: dict[int, Rows],
         add_generation_prompt: bool = True,
         only_last: bool = False,
     ) -> Document:
@@ -347,7 +349,7 @@ class Processor:
         pieces = self.chat.pieces(messages, add_generation_prompt, only_last)
         return self._chunks([(*self.tokens.encode(piece.text), piece.is_answer) for piece in pieces], slots)
 
-    def _chunks(self, pieces: list[tuple[np.ndarray, list[int], bool]], slots: list[np.ndarray]) -> Document:
+    def _chunks(self, pieces: list[tuple[np.ndarray, list[int], bool]], slots: list[Rows]) -> Document:
         """Encoded pieces with the rows of an image in place of each image token."""
         if (used := sum(len(places) for _, places, _ in pieces)) != len(slots):
             raise ValueError(
@@ -361,8 +363,8 @@ class Processor:
             for place in places:
                 if place > start:
                     document.append(Chunk(ids[start:place]))
-                image = next(supply)
-                document.append(Chunk(repeated(self.special.image or 0, len(image)), image))
+                image, grid = next(supply)
+                document.append(Chunk(repeated(self.special.image or 0, len(image)), image, grid=grid))
                 start = place + 1
             if start < len(ids):
                 document.append(Chunk(ids[start:] if start else ids, None, is_answer))

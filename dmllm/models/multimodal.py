@@ -27,6 +27,7 @@ from dmllm.models.configuration import DmllmConfig
 from dmllm.models.projectors import ProjectorConfig, build_projector, resize_maps
 from dmllm.models.vision import VisionConfig, build_vision
 from dmllm.nn.cache import KVCache
+from dmllm.nn.rope import places
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.tiling import TilingConfig
 from dmllm.types import PADDING, ROW_BREAK, TEXT
@@ -93,14 +94,20 @@ class MultimodalModel(PreTrainedModel):
             "grid": tuple(self.image_grid),
             "interpolation": self.vision.interpolation,
             "row_break": self.config.row_break,
+            **self.vision.tiling,
         }
         return TilingConfig(**{**fitting, **(self.config.tiling or {})})
 
-    def encode_images(self, pixel_values: Tensor, image_resizes: Tensor | None = None) -> Tensor:
-        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image; maps resized where `image_resizes` say."""
+    def encode_images(
+        self, pixel_values: Tensor, image_resizes: Tensor | None = None, image_grids: Tensor | None = None
+    ) -> Tensor:
+        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image; maps resized where `image_resizes` say.
+
+        `image_grids` [I, 3] say which tiles are one image, for encoders of native resolution.
+        """
         if self.vision is None or self.projector is None:
             raise ValueError("This model has no vision encoder: it takes text only; leave the images out.")
-        rows = self.projector(self.vision(pixel_values)).flatten(0, 1)
+        rows = self.projector(self.vision(pixel_values, image_grids)).flatten(0, 1)
         return rows if image_resizes is None else resize_maps(rows, image_resizes, self.image_grid)
 
     def embed(
@@ -127,6 +134,7 @@ class MultimodalModel(PreTrainedModel):
         *,
         pixel_values: Tensor | None = None,
         image_resizes: Tensor | None = None,
+        image_grids: Tensor | None = None,
         image_slots: Tensor | None = None,
         image_features: Tensor | None = None,
         documents: Tensor | None = None,
@@ -144,10 +152,11 @@ class MultimodalModel(PreTrainedModel):
         Args:
             input_ids: [B, L]; or `inputs_embeds` [B, L, D] in its place.
             attention_mask: [B, L], 0 at padding; used where no `documents` or `visibility` say it.
-            pixel_values, image_resizes, image_slots: tiles [T, 3, H, W] uint8, the maps that are made smaller, and the
-                image row each stream row holds; `image_features` [T * N, D] in place of the first two when they are
-                already encoded.
-            documents, positions: [B, L]; without them each row is one document, counted from its first real token.
+            pixel_values, image_resizes, image_grids, image_slots: tiles [T, 3, H, W] uint8, the maps that are made
+                smaller, the images of native size, and the image row each stream row holds; `image_features`
+                [T * N, D] in place of the first three when they are already encoded.
+            documents, positions: [B, L] (positions on three axes: `nn.rope.places`); without them each row is one
+                document, counted from its first real token.
             visibility: who sees whom; without it, the config's layout with the rows of `canvas` [B, L] bool being
                 denoised (all of them, if that is not said either).
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
@@ -155,14 +164,14 @@ class MultimodalModel(PreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None, "forward needs input_ids or inputs_embeds"
             if pixel_values is not None and image_features is None:
-                image_features = self.encode_images(pixel_values, image_resizes)
+                image_features = self.encode_images(pixel_values, image_resizes, image_grids)
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
         context = None if cache is None else cache.visibility
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
         hidden = output.hidden
         if self.config.shift:
-            hidden = predicting_rows(hidden, positions, visibility, cache, context)
+            hidden = predicting_rows(hidden, places(positions), visibility, cache, context)
         hidden = gather_rows(hidden, rows)
         return MultimodalOutput(logits=self.backbone.unembed(hidden), hidden=output.hidden, aux=output.aux)
 
@@ -184,7 +193,7 @@ class MultimodalModel(PreTrainedModel):
             positions = ((documents != PADDING).cumsum(1) - 1).clamp(min=0)
         if visibility is None:
             canvas = documents >= 0 if canvas is None else canvas
-            visibility = layout(self.config.visibility, documents=documents, canvas=canvas, positions=positions)
+            visibility = layout(self.config.visibility, documents=documents, canvas=canvas, positions=places(positions))
         return positions, visibility
 
     def get_input_embeddings(self) -> nn.Module:

@@ -120,6 +120,7 @@ class Masked:
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
             image_resizes=batch.image_resizes,
+            image_grids=batch.image_grids,
             image_slots=batch.image_slots,
             positions=batch.positions,
             visibility=noised.visibility,

@@ -103,7 +103,8 @@ def with_blank_image(batch: Batch, image_size: tuple[int, int]) -> Batch:
     reduction and sharding need, and the loss is unchanged."""
     if batch.pixel_values is not None:
         return batch
-    return dataclasses.replace(batch, pixel_values=torch.zeros(1, 3, *image_size, dtype=torch.uint8))
+    blank = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
+    return dataclasses.replace(batch, pixel_values=blank, image_grids=torch.ones(1, 3, dtype=torch.int64))
 
 
 def local(tensor: Tensor) -> Tensor:

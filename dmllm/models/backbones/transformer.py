@@ -75,8 +75,8 @@ class TransformerConfig:
         object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
         if self.mrope_section and (len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.rotary_width):
             raise ValueError(
-                f"mrope_section={list(self.mrope_section)} must be three numbers for time, height and width that sum up "
-                f"to half of the {self.rotary_width} features that positions turn."
+                f"mrope_section={list(self.mrope_section)} must be three numbers for time, height and width that sum "
+                f"up to half of the {self.rotary_width} features that positions turn."
             )
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_width):
             raise ValueError(

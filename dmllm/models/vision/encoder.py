@@ -12,6 +12,7 @@ Shapes: T images, H x W pixels, rows x cols patches, D features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class VisionEncoder(nn.Module, ABC):
 
     hidden_size: int
     grid: tuple[int, int]
+    tiling: Mapping[str, Any] = {}  # fields of `TilingConfig` that follow from the encoder
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -96,8 +98,11 @@ class VisionEncoder(nn.Module, ABC):
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute the tower's blocks in the backward pass instead of storing them."""
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """uint8 [T, 3, H, W] -> [T, rows * cols, hidden_size] in the dtype of the tower's parameters."""
+    def forward(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
+        """uint8 [T, 3, H, W] -> [T, rows * cols, hidden_size] in the dtype of the tower's parameters.
+
+        `image_grids` is for encoders of native resolution; the others see every tile for itself.
+        """
         if pixel_values.dtype != torch.uint8 or tuple(pixel_values.shape[1:]) != (3, *self.image_size):
             raise ValueError(
                 f"pixel_values are {pixel_values.dtype} {list(pixel_values.shape)}; this encoder takes uint8 "

@@ -35,6 +35,7 @@ class NativeEncoder(VisionEncoder):
     """A tower that takes pictures of any size in whole tiles, with its merger."""
 
     grid = (1, 1)
+    tiling = {"mode": "native"}
 
     def __init__(self, config: VisionConfig, *, load_weights: bool):
         super().__init__(config)
@@ -70,7 +71,7 @@ class NativeEncoder(VisionEncoder):
         """uint8 tiles [T, 3, S, S] -> rows [T, 1, D].
 
         Args:
-            image_grids: [N, 3], each picture's frames, rows and columns of tiles; they lie one after another, row by row.
+            image_grids: [N, 3], each picture's frames, rows and columns of tiles, which follow each other row by row.
 
         Raises:
             ValueError: the pixels are not such tiles, or the grids do not tell of as many.
