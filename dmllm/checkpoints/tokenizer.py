@@ -88,12 +88,11 @@ def read_tokenizer(folder: Path, kind: str | None = None) -> Any:
 
 def byte_tokenizer(special: SpecialTokens, size: int) -> PreTrainedTokenizerFast | None:
     """One id a byte around the special ids of a model with `size` rows of vocabulary; None where they are too few."""
-    names = {
-        number: text for name, text in SPECIAL_TOKENS.items() if (number := getattr(special, name, None)) is not None
-    }
+    ids = {name: getattr(special, name) for name in ("pad", "eos", "mask", "image")}
+    names = {number: SPECIAL_TOKENS[name] for name, number in ids.items() if number in range(size)}
     free = [number for number in range(size) if number not in names]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if len(free) < len(alphabet) or max(names) >= size:
+    if len(free) < len(alphabet) or not {special.pad, special.eos, special.mask} <= names.keys():
         return None
     vocabulary = {f"<unused{number}>": number for number in free[len(alphabet) :]}
     vocabulary |= dict(zip(alphabet, free)) | {text: number for number, text in names.items()}
