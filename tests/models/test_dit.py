@@ -1,5 +1,7 @@
 """Truths of the diffusion transformer, beside its parity with MDLM and BD3-LM (tests/families)."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,13 @@ from dmllm.models.backbones.dit import DiT, DiTConfig
 from dmllm.nn.visibility import layout
 from dmllm.types import PADDING
 
-SHAPE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "cond_dim": 8}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "cond_dim": 8,
+}
 
 
 def random_dit(**changes) -> DiT:
