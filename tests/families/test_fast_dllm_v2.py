@@ -45,11 +45,12 @@ def folder_of(qwen, path, **fields):
 def qwen():
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1000000.0}
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, rope_parameters=rope, attn_implementation="eager")).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, rope_parameters=rope)).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.add_(
-            torch.randn_like(parameter) * 0.1
-        )
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
