@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dmllm.checkpoints import folder
+from dmllm.checkpoints.card import describe
 from dmllm.data.collate import collate
 from dmllm.nn.visibility import check_layout, layout
-from dmllm.predictor import Predictor, encode_distinct, likelihoods
+from dmllm.predictor import encode_distinct, likelihoods, prepare
 from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
 from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import DecodeConfig, decode_config
@@ -227,7 +228,7 @@ class Pipeline:
         if visibility is not None:
             check_layout(visibility)
             noised = batch.documents >= 0 if noised is None else noised
-            rule = layout(visibility, documents=batch.documents, canvas=noised, positions=batch.positions)
+            rule = layout(visibility, documents=batch.documents, canvas=noised, positions=places(batch.positions))
         found = self.model(
             input_ids=batch.input_ids,
             image_slots=batch.image_slots,
@@ -324,20 +325,9 @@ class Pipeline:
         return getattr(self.model, "tiling", None)
 
     def describe(self) -> dict[str, Any]:
-        """Parts, sizes, ids and decode defaults, by name."""
-        config, count = self.model.config, lambda m: sum(p.numel() for p in m.parameters())
-        parts = {n: m for n in ("backbone", "vision", "projector") if (m := getattr(self.model, n, None)) is not None}
-        exact = "prompt computed once (exact)" if config.visibility != "full" else "none: the prompt sees the canvas"
-        tiling = self.tiling
+        """Family, parts, sizes, ids, caches and decode defaults, by name."""
         return {
-            "parameters": f"{count(self.model):,}",
-            **{name: f"{count(module):,}" for name, module in parts.items()},
-            "shape": ", ".join(f"{k} {v}" for k, v in config.backbone.items()),
-            "vision tower": (config.vision or {}).get("name", "none: text only"),
-            "image": "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}",
-            "visibility": config.visibility,
-            "cache": exact,
-            "special ids": ", ".join(f"{k} {v}" for k, v in vars(self.special).items()),
+            **describe(self.model, self.tiling),
             "decoding": ", ".join(f"{k}={v}" for k, v in vars(self.decode_config()).items()),
             "device": f"{self.device}, {self.model.dtype}",
         }
@@ -348,16 +338,10 @@ class Pipeline:
         if (own := getattr(self.model, "denoise", None)) is not None:
             draws = None if generator is None else row_generators(generator, examples)
             return own(self._collate(examples), config, draws)
-        predictor = Predictor(
-            self.model,
-            self._collate(examples),
-            config.max_new_tokens,
-            self.special.mask,
-            cfg_scale=config.cfg_scale,
-            use_cache=use_cache,
-        )
-        canvas = Canvas.blank(len(examples), config.max_new_tokens, self.special.mask, self.device)
-        return denoise(predictor, canvas, config, row_generators(generator, examples))
+        asked = prepare(self.model, self._collate(examples), config, self.special.mask, use_cache)
+        for step in denoise(*asked, row_generators(generator, examples)):
+            answers = slice(config.max_new_tokens)  # a canvas of whole blocks may be longer
+            yield replace(step, ids=step.ids[:, answers], committed=step.committed[:, answers])
 
     def _collate(self, examples: list[Example]) -> Batch:
         tiling = self.tiling

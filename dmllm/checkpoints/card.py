@@ -1,11 +1,13 @@
-"""The model card, README.md of a checkpoint: what it is, how it is loaded, its shape; only what is known is said."""
+"""What a checkpoint is: by name, for the command line, and as its model card README.md; only what is known is said."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from dmllm.families import FAMILIES
 from dmllm.models.multimodal import MultimodalModel
+from dmllm.tiling import TilingConfig, plan
 
 TEMPLATE = """\
 ---
@@ -76,4 +78,33 @@ def model_card(name: str, model: MultimodalModel, generation: Mapping[str, Any],
         + ").text)",
         table="\n".join(f"| {part} | {what} |" for part, what in rows.items()),
         card=f"\n{card.strip()}\n" if card else "",
+    )
+
+
+def describe(model: MultimodalModel, tiling: TilingConfig | None) -> dict[str, str]:
+    """Family, parts, sizes, ids and caches, by name; `tiling` is how images are cut for it, None for text only."""
+    config, count = model.config, lambda m: sum(p.numel() for p in m.parameters())
+    parts = {n: m for n in ("backbone", "vision", "projector") if (m := getattr(model, n, None)) is not None}
+    family = None if config.family is None else FAMILIES.load(config.family)
+    seen = config.visibility == "full"
+    return {
+        "family": "none: made with dmllm" if family is None else f"{family.name}: {family.title}",
+        "parameters": f"{count(model):,}",
+        **{name: f"{count(module):,}" for name, module in parts.items()},
+        "shape": ", ".join(f"{k} {v}" for k, v in config.backbone.items()),
+        "vision tower": (config.vision or {}).get("name", "none: text only"),
+        "image": "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}",
+        "tokens per image": "none" if tiling is None else _rows_of_images(tiling),
+        "visibility": config.visibility,
+        "cache": "none is exact: the prompt sees the canvas" if seen else "exact: what is known is computed once",
+        "special ids": ", ".join(f"{k} {v}" for k, v in vars(config.special).items()),
+    }
+
+
+def _rows_of_images(tiling: TilingConfig) -> str:
+    """Stream rows of pictures of some shapes; one number where they are the same."""
+    sizes = ((1000, 1000), (2000, 1000), (1000, 2000))
+    rows = {f"{width} x {height}": len(plan(width, height, tiling).slots) for width, height in sizes}
+    return (
+        ", ".join(f"{n} ({size})" for size, n in rows.items()) if len({*rows.values()}) > 1 else f"{min(rows.values())}"
     )
