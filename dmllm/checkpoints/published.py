@@ -37,10 +37,10 @@ def read_published(
     """
     try:
         ours = DmllmConfig(**family.config(config), family=family.name, published=dict(config))
+        with init_empty_weights(include_buffers=False):
+            model = MultimodalModel(ours)
     except ValueError as error:
         raise ValueError(f"{folder} ({family.title}): {error}") from None
-    with init_empty_weights(include_buffers=False):
-        model = MultimodalModel(ours)
     model.tie_weights()  # without storage each weight is one by itself
     filling = _Filling(model, family, folder, device, dtype)
     files = weight_files(folder)

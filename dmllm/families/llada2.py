@@ -62,15 +62,15 @@ def experts(config: Fields) -> dict[str, Any]:
     return {
         "num_experts": need(config, "num_experts"),
         "num_experts_per_tok": chosen,
-        "intermediate_size": width,
-        "shared_intermediate_size": width * (config.get("num_shared_experts") or 0),
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width * (config.get("num_shared_experts") or 0),
         "dense_layers": list(range(config.get("first_k_dense_replace", 0))),
-        "score": "sigmoid",
-        "normalise": chosen > 1,
-        "scale": config.get("routed_scaling_factor", 2.5),
-        "groups": config.get("n_group", 8),
-        "top_groups": config.get("topk_group", 4),
-        "choice_bias": True,
+        "score_function": "sigmoid",
+        "norm_topk_prob": chosen > 1,
+        "routed_scaling_factor": config.get("routed_scaling_factor", 2.5),
+        "n_group": config.get("n_group", 8),
+        "topk_group": config.get("topk_group", 4),
+        "expert_bias": True,
     }
 
 
@@ -135,7 +135,7 @@ LLADA2 = Family(
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
-    decode={"max_new_tokens": 512, "steps": 512, "block_length": 32, "threshold": 0.95},
+    decode={"max_new_tokens": 512, "block_length": 32, "threshold": 0.95},
     verified="logits with block and with full visibility: tests/families/test_llada2.py",
     quirks=(
         (

@@ -60,7 +60,7 @@ def backbone(config: Fields) -> dict[str, Any]:
     kinds = need(config, "moe_layer_freq")
     if len(kinds) != layers or set(kinds) - {0, 1}:
         raise ValueError(f"config.json: moe_layer_freq={kinds!r} must say 0 or 1 for each of the {layers} layers.")
-    rotary = int(need(config, "hidden_size") // heads * config.get("partial_rotary_factor", 1))
+    rotary = int(need(config, "hidden_size") // heads * (config.get("partial_rotary_factor") or 1))
     return {
         **{name: need(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
         "num_attention_heads": heads,
@@ -74,7 +74,7 @@ def backbone(config: Fields) -> dict[str, Any]:
         "moe": {
             "num_experts": need(config, "num_experts"),
             "num_experts_per_tok": need(config, "num_experts_per_tok"),
-            "intermediate_size": need(config, "expert_intermediate_size"),
+            "moe_intermediate_size": need(config, "expert_intermediate_size"),
             "dense_layers": [layer for layer, kind in enumerate(kinds) if kind == 0],
         },
     }

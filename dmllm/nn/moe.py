@@ -34,42 +34,42 @@ class MoEConfig:
     """Experts of a layer."""
     num_experts_per_tok: int
     """Experts that each row is sent to."""
-    intermediate_size: int
+    moe_intermediate_size: int
     """Inner width of one expert."""
-    shared_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
     """Inner width of the expert that every row passes; 0 is none."""
     dense_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that keep one plain feed-forward."""
-    score: str = "softmax"
+    score_function: str = "softmax"
     """What becomes of the router's logits: softmax over all experts, or a sigmoid of each."""
-    normalise: bool = False
+    norm_topk_prob: bool = False
     """Whether the weights of a row's experts are divided by their sum."""
-    scale: float = 1.0
+    routed_scaling_factor: float = 1.0
     """Factor on the weights."""
-    groups: int = 1
+    n_group: int = 1
     """Experts come in this many groups of neighbours; a row's experts are looked for in its best groups alone."""
-    top_groups: int = 1
+    topk_group: int = 1
     """How many groups those are: the ones with the largest sum of their two best scores."""
-    choice_bias: bool = False
+    expert_bias: bool = False
     """A number for each expert, added to the scores where experts are chosen and not where they are weighed; kept in
     the checkpoint, not learned by gradients."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for name in ("num_experts", "num_experts_per_tok", "intermediate_size", "groups", "top_groups"):
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number, at least 1.")
-        if self.score not in ("softmax", "sigmoid"):
-            raise ValueError(f"score={self.score!r} is not one of: softmax, sigmoid.")
-        if self.num_experts % self.groups:
-            raise ValueError(f"num_experts={self.num_experts} is not a multiple of groups={self.groups}.")
-        if self.top_groups > self.groups:
-            raise ValueError(f"top_groups={self.top_groups} is more than there are; groups={self.groups}.")
-        reached = self.num_experts // self.groups * self.top_groups
+        if self.score_function not in ("softmax", "sigmoid"):
+            raise ValueError(f"score_function={self.score_function!r} is not one of: softmax, sigmoid.")
+        if self.num_experts % self.n_group:
+            raise ValueError(f"num_experts={self.num_experts} is not a multiple of n_group={self.n_group}.")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is more than there are; n_group={self.n_group}.")
+        reached = self.num_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > reached:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reached} experts that a row can "
-                f"reach (num_experts={self.num_experts}, top_groups={self.top_groups} of groups={self.groups})."
+                f"reach (num_experts={self.num_experts}, topk_group={self.topk_group} of n_group={self.n_group})."
             )
 
 
@@ -92,27 +92,27 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         nn.init.normal_(self.weight, std=width**-0.5)
-        self.register_buffer("bias", torch.zeros(config.num_experts) if config.choice_bias else None)
+        self.register_buffer("bias", torch.zeros(config.num_experts) if config.expert_bias else None)
 
     def forward(self, rows: Tensor) -> Routing:
         config = self.config
         with torch.autocast(rows.device.type, enabled=False):
             logits = F.linear(rows.float(), self.weight.float())
-        scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
+        scores = logits.softmax(-1) if config.score_function == "softmax" else logits.sigmoid()
         experts = self._choose(scores.detach())
         weights = scores.gather(1, experts)
-        if config.normalise:
+        if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(scores, experts, weights * config.scale)
+        return Routing(scores, experts, weights * config.routed_scaling_factor)
 
     def _choose(self, scores: Tensor) -> Tensor:
         config = self.config
         ranked = scores if self.bias is None else scores + self.bias
-        if config.top_groups < config.groups:
-            grouped = ranked.unflatten(1, (config.groups, -1))
+        if config.topk_group < config.n_group:
+            grouped = ranked.unflatten(1, (config.n_group, -1))
             strength = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
             best = torch.zeros_like(strength, dtype=torch.bool)
-            best = best.scatter(1, strength.topk(config.top_groups).indices, True)
+            best = best.scatter(1, strength.topk(config.topk_group).indices, True)
             ranked = grouped.masked_fill(~best[..., None], float("-inf")).flatten(1)
         return ranked.topk(config.num_experts_per_tok).indices
 
@@ -122,7 +122,7 @@ class Experts(nn.Module):
 
     def __init__(self, width: int, config: MoEConfig):
         super().__init__()
-        number, inner = config.num_experts, config.intermediate_size
+        number, inner = config.num_experts, config.moe_intermediate_size
         self.gate_proj = nn.Parameter(torch.empty(number, inner, width))
         self.up_proj = nn.Parameter(torch.empty(number, inner, width))
         self.down_proj = nn.Parameter(torch.empty(number, width, inner))
@@ -148,7 +148,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(width, config)
         self.experts = Experts(width, config)
-        shared = config.shared_intermediate_size
+        shared = config.shared_expert_intermediate_size
         self.shared_expert = FeedForward(width, shared) if shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -198,8 +198,8 @@ def _grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_kernel(stack: Tensor) -> bool:
-    """Whether torch has a grouped product here: on CPUs and on GPUs from Ampere, where rows, columns and the stack itself
-    begin at multiples of 16 bytes. What is mapped from a file may begin anywhere."""
+    """Whether torch has a grouped product here: on CPUs and on GPUs from Ampere on, where rows, columns and the stack
+    itself begin at multiples of 16 bytes. What is mapped from a file may begin anywhere."""
     aligned = all(size * stack.element_size() % 16 == 0 for size in stack.shape[1:])
     if stack.device.type == "cuda":
         return aligned and torch.cuda.get_device_capability(stack.device) >= (8, 0)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from dmllm.checkpoints import folder
+from dmllm.families.llada2 import LLADA2
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.multimodal import MultimodalModel
 from tests.families.recorded import Recorded, assert_written_back
 
 RECORDED = Recorded("llada2_moe")
@@ -133,13 +136,27 @@ def test_a_weight_that_does_not_fit_is_named(tmp_path, weights, said):
         ({"score_function": "softmax"}, "score_function='softmax'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
-        ({"n_group": 3}, "groups=3"),
+        ({"n_group": 3}, "n_group=3"),
         ({"moe_intermediate_size": None}, "lacks moe_intermediate_size"),
     ],
 )
 def test_a_field_that_our_parts_do_not_compute_is_refused(tmp_path, fields, said):
     with pytest.raises(ValueError, match=said):
         RECORDED.changed(tmp_path, **fields)
+
+
+def test_of_the_published_mini_shape_it_has_16_billion_parameters():
+    fields = {
+        **RECORDED.config,
+        **{"num_hidden_layers": 20, "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 256},
+        **{"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "vocab_size": 157184, "pad_token_id": 156892},
+    }
+    config = LLADA2.config(fields)
+    with torch.device("meta"):
+        model = MultimodalModel(DmllmConfig(**config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 16_255_638_528
+    assert config["mask_token_id"] == 156895
 
 
 def test_it_trains_on_experts_in_blocks(pipe, tmp_path):

@@ -12,18 +12,18 @@ from dmllm.nn.visibility import Visibility, layout
 from dmllm.types import PADDING
 
 WIDTH = 12
-SOFTMAX = MoEConfig(num_experts=6, num_experts_per_tok=2, intermediate_size=8)
+SOFTMAX = MoEConfig(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8)
 GROUPED = MoEConfig(
     num_experts=8,
     num_experts_per_tok=3,
-    intermediate_size=8,
-    shared_intermediate_size=16,
-    score="sigmoid",
-    normalise=True,
-    scale=2.5,
-    groups=4,
-    top_groups=2,
-    choice_bias=True,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=16,
+    score_function="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    n_group=4,
+    topk_group=2,
+    expert_bias=True,
 )
 
 
@@ -49,7 +49,7 @@ def one_after_another(module: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor
 
 @pytest.mark.parametrize(
     "config",
-    [SOFTMAX, GROUPED, replace(SOFTMAX, intermediate_size=7)],
+    [SOFTMAX, GROUPED, replace(SOFTMAX, moe_intermediate_size=7)],
     ids=["softmax", "sigmoid in groups", "of a width that the grouped product refuses"],
 )
 def test_one_grouped_product_is_one_expert_after_another_and_so_are_its_gradients(config):
@@ -99,7 +99,7 @@ def test_softmax_weights_are_shares_among_all_experts_and_are_not_divided_by_the
 
 
 def test_the_bias_chooses_but_does_not_weigh():
-    router = Router(WIDTH, MoEConfig(num_experts=4, num_experts_per_tok=1, intermediate_size=8, choice_bias=True))
+    router = Router(WIDTH, MoEConfig(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=8, expert_bias=True))
     rows = torch.randn(20, WIDTH)
     assert router.bias is not None
     router.bias[2] = 100.0
@@ -110,7 +110,9 @@ def test_the_bias_chooses_but_does_not_weigh():
 
 def test_experts_are_looked_for_in_the_groups_with_the_best_two():
     """Of groups (9 0), (5 5), (6 0), (7 1) the best two are (5 5) and (9 0); 7 and 6 are out of reach."""
-    router = Router(8, MoEConfig(num_experts=8, num_experts_per_tok=3, intermediate_size=8, groups=4, top_groups=2))
+    router = Router(
+        8, MoEConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=8, n_group=4, topk_group=2)
+    )
     with torch.no_grad():
         router.weight.copy_(torch.eye(8))
     routing = router(torch.tensor([[9.0, 0.0, 5.0, 5.1, 6.0, 0.0, 7.0, 1.0]]).log1p())
@@ -195,7 +197,7 @@ def test_recomputed_in_the_backward_pass_gradients_and_balance_are_the_same():
         torch.testing.assert_close(plain, again)
 
 
-def test_every_expert_learns_and_the_choice_bias_is_stored_but_not_learned():
+def test_every_expert_learns_and_the_expert_bias_is_stored_but_not_learned():
     model, (ids, positions, rule) = transformer(), inputs()
     model.train()(model.embed(ids), positions, rule).hidden.square().sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lm_head" not in n)
@@ -206,16 +208,16 @@ def test_every_expert_learns_and_the_choice_bias_is_stored_but_not_learned():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"score": "tanh"}, "softmax, sigmoid"),
-        ({"groups": 4}, "num_experts=6 is not a multiple of groups=4"),
-        ({"groups": 2, "top_groups": 3}, "top_groups=3"),
-        ({"groups": 3, "num_experts_per_tok": 3}, "more than the 2 experts"),
+        ({"score_function": "tanh"}, "softmax, sigmoid"),
+        ({"n_group": 4}, "num_experts=6 is not a multiple of n_group=4"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group=3"),
+        ({"n_group": 3, "num_experts_per_tok": 3}, "more than the 2 experts"),
         ({"num_experts_per_tok": 0}, "at least 1"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
-        MoEConfig(**{"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 8, **fields})
+        MoEConfig(**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8, **fields})
 
 
 def test_only_the_leading_features_turn_with_positions():
