@@ -146,12 +146,10 @@ def test_a_field_that_our_parts_do_not_compute_is_refused(tmp_path, fields, said
 
 
 def test_of_the_published_mini_shape_it_has_16_billion_parameters():
-    fields = {
-        **RECORDED.config,
-        **{"num_hidden_layers": 20, "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512},
-        **{"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 256},
-        **{"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "vocab_size": 157184, "pad_token_id": 156892},
-    }
+    widths = {"hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512, "head_dim": 128}
+    counts = {"num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 157184}
+    experts = {"num_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+    fields = RECORDED.config | widths | counts | experts | {"pad_token_id": 156892}
     config = LLADA2.config(fields)
     with torch.device("meta"):
         model = MultimodalModel(DmllmConfig(**config))
