@@ -54,4 +54,4 @@ def _settings(family: Family) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(cell.replace("|", r"\|").replace("<", "&lt;") for cell in row) + " |\n" for row in rows)

@@ -92,5 +92,22 @@ DREAM = Family(
     tokenizer="Qwen2Tokenizer",
     decode={"max_new_tokens": 128, "steps": 128, "schedule": "time", "remasking": "entropy", "count_mask": True},
     verified="logits, generations, forwards: tests/families/test_dream.py",
+    quirks=(
+        (
+            "The rows of a batch share one quota, the mean of what is masked in them",
+            "fixed",
+            "a row gives the same tokens alone and in a batch; the same where rows have the same number of masks",
+        ),
+        (
+            "A step may commit no token, and its call is made all the same",
+            "schedule: time, the default here",
+            "it is the authors' number of calls; schedule: even commits in every step",
+        ),
+        (
+            "The tokenizer is code in the checkpoint",
+            "fixed",
+            "it is Qwen2's under another name, and is read as that",
+        ),
+    ),
     example=EXAMPLE,
 )

@@ -115,5 +115,32 @@ LLADA = Family(
     chat_template=CHAT_TEMPLATE,
     decode={"max_new_tokens": 128, "steps": 128, "block_length": 32, "count_mask": True},
     verified="logits, generations, forwards, guidance, likelihood: tests/families/test_llada.py",
+    quirks=(
+        (
+            "The mask token may be produced; its place then stays masked to the end",
+            "fixed",
+            "a mask is no part of an answer: it is never produced",
+        ),
+        (
+            "The mask token's probability counts against that of the others, by which they are ranked",
+            "count_mask: true, the default here",
+            "it decides the order of tokens; false shares its probability out",
+        ),
+        (
+            "confidence_eos_eot_inf spares the end of sequence at temperatures above 0",
+            "fixed",
+            "distrust_ids hold at every temperature",
+        ),
+        (
+            "generate.py with cfg_scale but no attention_mask stops with UnboundLocalError",
+            "fixed",
+            "without a mask nothing is padding",
+        ),
+        (
+            "The chat template opens an answer whether asked to or not",
+            "fixed",
+            "a conversation that ends with an answer, as in training, must not open another",
+        ),
+    ),
     example=EXAMPLE,
 )
