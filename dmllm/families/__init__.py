@@ -15,10 +15,17 @@ FAMILIES = Table(
     {
         "lumina_dimoo": "dmllm.families.lumina_dimoo:LUMINA_DIMOO",  # before LLaDA, whose model type it has
         "mmada": "dmllm.families.mmada:MMADA",
+        "diffusion_gemma": "dmllm.families.diffusion_gemma:DIFFUSION_GEMMA",
+        "llada_v": "dmllm.families.llada_v:LLADA_V",  # these too, and before Dream
+        "lavida": "dmllm.families.lavida:LAVIDA",
+        "lavida_dream": "dmllm.families.lavida:LAVIDA_DREAM",
         "llada": "dmllm.families.llada:LLADA",
         "llada_moe": "dmllm.families.llada_moe:LLADA_MOE",
         "llada2": "dmllm.families.llada2:LLADA2",
         "dream": "dmllm.families.dream:DREAM",
+        "dimple": "dmllm.families.dimple:DIMPLE",
+        "dream_vl": "dmllm.families.dream_vl:DREAM_VL",
+        "sdar": "dmllm.families.sdar:SDAR",
         "diffullama": "dmllm.families.diffullama:DIFFULLAMA",
         "fast_dllm_v2": "dmllm.families.fast_dllm_v2:FAST_DLLM_V2",
         "mdlm": "dmllm.families.mdlm:MDLM",

@@ -2,6 +2,8 @@
 
     linear         one matrix                                             (LLaVA, arXiv:2304.08485)
     mlp2x_gelu     linear, GELU, linear                                   (LLaVA-1.5, arXiv:2310.03744)
+    mlp2x_silu     linear, SiLU, linear                                   (Dimple, arXiv:2505.16990)
+    identity       nothing, behind a tower that projects by itself        (Qwen2.5-VL, arXiv:2502.13923)
     pool           neighbouring patches averaged or resized, before or behind a projection (LaViDa, arXiv:2505.16839)
     pixel_shuffle  neighbouring patches laid side by side, then project   (InternVL, arXiv:2404.16821)
     resampler      learned queries read the patches by cross-attention    (Flamingo's Perceiver, arXiv:2204.14198)
@@ -28,6 +30,8 @@ PROJECTORS = Table(
     {
         "linear": "dmllm.models.projectors:Linear",
         "mlp2x_gelu": "dmllm.models.projectors:Mlp",
+        "mlp2x_silu": "dmllm.models.projectors:SiluMlp",
+        "identity": "dmllm.models.projectors:Identity",
         "pool": "dmllm.models.projectors:Pool",
         "pixel_shuffle": "dmllm.models.projectors:PixelShuffle",
         "resampler": "dmllm.models.projectors:Resampler",
@@ -67,8 +71,27 @@ class Linear(nn.Linear):
 class Mlp(nn.Sequential):
     """Linear, GELU, linear; the hidden width is `out_features`. Keys are LLaVA's: 0 and 2."""
 
+    activation: type[nn.Module] = nn.GELU
+
     def __init__(self, in_features: int, out_features: int, grid: tuple[int, int]):
-        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+        first, last = nn.Linear(in_features, out_features), nn.Linear(out_features, out_features)
+        super().__init__(first, self.activation(), last)
+        self.grid = grid
+
+
+class SiluMlp(Mlp):
+    """The same with SiLU."""
+
+    activation = nn.SiLU
+
+
+class Identity(nn.Identity):
+    """The tower's features as they are."""
+
+    def __init__(self, in_features: int, out_features: int, grid: tuple[int, int]):
+        super().__init__()
+        if in_features != out_features:
+            raise ValueError(f"projector 'identity': features of width {in_features} for a stream of {out_features}.")
         self.grid = grid
 
 
