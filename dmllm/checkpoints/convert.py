@@ -72,7 +72,10 @@ def _to_dmllm(path: Path, out: Path) -> Path:
     kind = folder.model_type(path)
     if kind == DmllmConfig.model_type:
         raise ValueError(f"{path} is a dmllm folder already; its authors' format is: --to published.")
-    if family_of(folder.read_json(path / folder.CONFIG)) is None:
+    family = family_of(folder.read_json(path / folder.CONFIG))
+    if family is not None and family.native is not None:
+        raise ValueError(f"{path} ({family.title}) is in transformers' own format and has no other; load it as it is.")
+    if family is None:
         can = (
             f"a causal language model, which can become a start: --to {FULL} or --to block:32" if kind in KINDS else ""
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dmllm.checkpoints.native import draw_native
 from dmllm.checkpoints.published import write_published
 from dmllm.checkpoints.tokenizer import byte_tokenizer
 from dmllm.config import read_yaml
@@ -51,13 +52,18 @@ def write_example(family_name: str, out: str | Path, *, size: str = "tiny", seed
     fields = _fields(family, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MultimodalModel(DmllmConfig(**family.config(fields), family=family.name, published=fields))
-        model.initialise()
+        model: Any = draw_native(family, fields) if family.native else _drawn(family, fields)
     write_published(model, folder)
-    tokenizer = byte_tokenizer(model.config.special, model.backbone.config.vocab_size)
+    tokenizer = byte_tokenizer(model.config.special, len(model.get_input_embeddings().weight))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def _drawn(family: Family, fields: Mapping[str, Any]) -> MultimodalModel:
+    model = MultimodalModel(DmllmConfig(**family.config(fields), family=family.name, published=dict(fields)))
+    model.initialise()
+    return model
 
 
 def _fields(family: Family, size: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging
 
 from dmllm.checkpoints.card import model_card
+from dmllm.checkpoints.native import read_native
 from dmllm.checkpoints.published import read_published
 from dmllm.checkpoints.tokenizer import read_tokenizer
 from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
@@ -149,8 +150,13 @@ def _load_published(
 ) -> Loaded:
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     published = {**_beside(folder, family), **published}
-    model = read_published(folder, family, published, device=device, dtype=None if dtype == "auto" else dtype)
-    set_decode_defaults(model, family.decode)
+    read, decode = read_published, family.decode_defaults(published)
+    if family.native is not None:
+        own = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        read, decode = read_native, decode | {key: value for key, value in own.items() if value is not None}
+    with _quiet():
+        model = read(folder, family, published, device=device, dtype=None if dtype == "auto" else dtype)
+    set_decode_defaults(model, decode)
     processor = None
     if find(folder, TOKENIZER) is not None:
         tiling = model.tiling
@@ -161,7 +167,7 @@ def _load_published(
         with _quiet():
             tokenizer = read_tokenizer(folder, family.tokenizer)
         processor = Processor(tokenizer, config, model.config.special, family.chat_template)
-    return Loaded(model=model, processor=processor, generation=dict(family.decode))
+    return Loaded(model=model, processor=processor, generation=decode)
 
 
 def _beside(folder: Path, family: Family) -> dict[str, Any]:

@@ -49,6 +49,18 @@ Key = Rename | Split | Stack
 
 
 @dataclass(frozen=True, kw_only=True)
+class Native:
+    """A model that transformers itself has, and how it is called as ours are."""
+
+    model: str
+    """Name of the class, in transformers."""
+    adapter: str
+    """"module:attribute" of what is called with that model, the family's name and the published config.json."""
+    optional: str = ""
+    """Regular expression of weights that may be left out of a checkpoint, all or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One published line of models."""
 
@@ -64,6 +76,8 @@ class Family:
     keys: tuple[Key, ...]
     """Published names of weights <-> ours, each of ours once; or more often, where checkpoints differ in what they call
     it: then any of them is read and a checkpoint's own are written back, the first where there was none."""
+    native: Native | None = None
+    """Where transformers computes the model; `config` and `keys` are then not asked."""
     ignored: tuple[str, ...] = ()
     """Published weights that are computed, not learned; regular expressions. They are not written back."""
     computed: Callable[[Fields], dict[str, Tensor]] | None = None
@@ -78,6 +92,8 @@ class Family:
     """Fields of `ProcessorConfig`, tiling included, that the authors' preprocessing amounts to."""
     decode: Fields = field(default_factory=dict)
     """The authors' decode settings, fields of `DecodeConfig`."""
+    decode_of: Callable[[Fields], dict[str, Any]] | None = None
+    """Published config.json -> those of them that depend on it."""
     image_vocabulary: Callable[[Fields], ImageVocabulary | None] | None = None
     """Published config.json -> where the codes of an image tokenizer lie in the vocabulary; None: nowhere."""
     verified: str = ""
@@ -86,6 +102,10 @@ class Family:
     """Where the authors' code does not do what it means: (what it does, "fixed" or the option that gives it, why)."""
     example: Fields = field(default_factory=dict)
     """A tiny published config.json, for random models: two or three layers, ids beyond those of 256 bytes."""
+
+    def decode_defaults(self, config: Fields) -> dict[str, Any]:
+        """The authors' decode settings for a published config.json."""
+        return {**self.decode, **(self.decode_of(config) if self.decode_of else {})}
 
     def computed_weights(self, config: Fields) -> dict[str, Tensor]:
         """The tensors that follow from a published config.json, under their published names."""

@@ -1,0 +1,74 @@
+"""DiffusionGemma 26B-A4B: canvases of random tokens denoised behind a causal prompt; transformers' own class.
+
+Source: google/diffusiongemma-26B-A4B-it; code transformers, models/diffusion_gemma. Its modules are not rebuilt here:
+`dmllm.models.diffusion_gemma` calls them. Text only so far: a checkpoint's vision tower is read and written back, and
+pictures are refused.
+"""
+
+from __future__ import annotations
+
+from dmllm.families.family import Family, Native
+
+EXAMPLE = {
+    "architectures": ["DiffusionGemmaForBlockDiffusion"],
+    "model_type": "diffusion_gemma",
+    "canvas_length": 16,
+    "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "diffusion_gemma_text",
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "eos_token_id": 300,
+        "pad_token_id": 301,
+        "tie_word_embeddings": True,
+    },
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "patch_size": 4,
+        "position_embedding_size": 64,
+    },
+}
+
+DIFFUSION_GEMMA = Family(
+    name="diffusion_gemma",
+    title="DiffusionGemma 26B-A4B",
+    source="google/diffusiongemma-26B-A4B-it; transformers, models/diffusion_gemma",
+    recognise=lambda config: config.get("model_type") == "diffusion_gemma",
+    config=dict,
+    keys=(),
+    native=Native(
+        model="DiffusionGemmaForBlockDiffusion",
+        adapter="dmllm.models.diffusion_gemma:DiffusionGemma",
+        optional=r"model\.encoder\.(vision_tower|embed_vision)\..*",
+    ),
+    quirks=(
+        (
+            "eager attention raises TypeError in generate() for a padded prompt",
+            "fixed",
+            "the mask is built from an integer tensor's type",
+        ),
+        (
+            "a canvas that is begun draws its tokens from the batch as a whole",
+            "generator=None",
+            "with a seed every row draws what it would draw alone",
+        ),
+    ),
+    example=EXAMPLE,
+    verified="logits with and without self-conditioning, generations, calls: tests/families/test_diffusion_gemma.py",
+)

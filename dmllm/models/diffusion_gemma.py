@@ -1,0 +1,327 @@
+"""DiffusionGemma as transformers computes it, called as the models here are called.
+
+    prompt --encoder (causal)--> keys and values --+
+                                                   +--> decoder (sees all) --> logits of the canvas
+    canvas of random tokens + its last logits -----+
+
+There is no mask token: a canvas begins as uniformly random tokens. Each step draws a token everywhere, keeps those of
+least entropy while their sum stays within a bound, and replaces all others by new random tokens; the step's logits go
+into the next one (self-conditioning). A canvas is done when its most probable tokens no longer change and are sure, and
+those are what it says; it then joins the prompt, and the next canvas begins.
+
+Source: transformers' models/diffusion_gemma, whose model, temperature schedule, acceptance and stopping are called; the
+loop is this file's, so that rows have generators of their own and every step is seen.
+
+Shapes: B rows, P prompt columns (padded on the left), C tokens of a canvas, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from transformers import DynamicCache
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+    LinearTemperatureScheduleLogitsProcessor,
+    StableAndConfidentStoppingCriteria,
+)
+
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.multimodal import MultimodalOutput
+from dmllm.registry import nearest
+from dmllm.types import PADDING, Batch, Step
+
+SYNONYMS = {"max_denoising_steps": "steps"}  # transformers' name -> ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionGemmaDecoding:
+    """How a canvas is denoised; the names and defaults are transformers', but for `steps` (max_denoising_steps)."""
+
+    max_new_tokens: int = 256
+    """Length of the answer in tokens, rounded up to whole canvases."""
+    steps: int = 48
+    """Model calls for a canvas, at most."""
+    entropy_bound: float = 0.1
+    """A step keeps the tokens of least entropy while the sum of those before the last stays within this (nats)."""
+    t_max: float = 0.8
+    """Temperature before the first step; it falls by (t_max - t_min) / steps a step."""
+    t_min: float = 0.4
+    """Temperature that it falls towards."""
+    stability_threshold: int = 1
+    """Steps for which the most probable tokens must not have changed, for a canvas to be done; 0: they may."""
+    confidence_threshold: float = 0.005
+    """Mean entropy (nats) below which it must lie, too."""
+    eos_token_id: int | list[int] | None = None
+    """Tokens that end a reply; None or []: none does."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("steps", 1), ("stability_threshold", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+        for name in ("entropy_bound", "t_max", "confidence_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{name}={value!r} must be a number above 0.")
+        if not 0 <= self.t_min < self.t_max:
+            raise ValueError(f"t_min={self.t_min} must lie between 0 and t_max={self.t_max}, below it.")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple."""
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+class DiffusionGemma(nn.Module):
+    """Called by the pipeline as a `MultimodalModel` is, but that it denoises by itself.
+
+    Args:
+        inner: transformers' DiffusionGemmaForBlockDiffusion.
+        family, published: the name of its family and its config.json.
+    """
+
+    takes_feedback = True
+    tiling = None  # how pictures are cut: not at all, they are refused
+
+    def __init__(self, inner: Any, family: str, published: Mapping[str, Any]):
+        super().__init__()
+        self.inner = inner
+        self.stored_names: list[str] = []  # what its checkpoint calls the weights
+        text = inner.config.text_config
+        ends = text.eos_token_id
+        pad = text.pad_token_id or 0
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        self.config = DmllmConfig(
+            backbone={"type": type(inner).__name__, **{name: getattr(text, name) for name in names}},
+            mask_token_id=pad,  # what an unwritten place shows
+            pad_token_id=pad,
+            eos_token_id=ends[0] if isinstance(ends, list | tuple) else 1 if ends is None else ends,
+            visibility="prefix",
+            family=family,
+            published=dict(published),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
+
+    @property
+    def canvas_length(self) -> int:
+        """C of generation; `forward` takes any."""
+        return self.inner.config.canvas_length
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        canvas: Tensor | None = None,
+        feedback: Tensor | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> MultimodalOutput:
+        """Logits [B, L, V] (or of `rows` [B, K]) of the canvas; NaN in prompts and padding, which are not predicted.
+
+        Args:
+            input_ids: [B, L], in each row the prompt and then its canvas.
+            documents: [B, L], PADDING on the right.
+            canvas: [B, L] bool, the canvas; None: the last `canvas_length` tokens of each row.
+            feedback: [B, L, V], what the canvas was predicted to be one step before, after temperature.
+
+        Raises:
+            ValueError: a row has no canvas, or a prompt's token behind it.
+        """
+        real = torch.ones_like(input_ids, dtype=torch.bool) if documents is None else documents != PADDING
+        if canvas is None:
+            left = real.flip(1).cumsum(1).flip(1)  # real columns from here on
+            canvas = left <= self.canvas_length
+        canvas, prompt = canvas.bool() & real, ~canvas.bool() & real
+        ends = torch.where(prompt, 1, 0).flip(1).cumsum(1).flip(1)  # prompt columns from here on
+        if not bool(canvas.any(1).all()) or bool((canvas & (ends > 0)).any()):
+            raise ValueError(
+                "Each row is a prompt and then its canvas; say which columns are the canvas with canvas= [B, L] bool "
+                f"(without it, the last {self.canvas_length} tokens of each row are)."
+            )
+        ids, seen = _aligned(input_ids, prompt, left=True)
+        drafts, valid = _aligned(input_ids, canvas, left=False)
+        places = _places(canvas, valid)
+        prefix = self._encode(ids, seen, None)
+        feedback = None if feedback is None else feedback.gather(1, _wide(places, feedback))
+        logits = self._decode(drafts, valid, prefix, seen, feedback)
+        spread = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
+        spread[canvas] = logits[valid]
+        return MultimodalOutput(logits=spread if rows is None else spread.gather(1, _wide(rows, spread)))
+
+    def decode_config(self, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> DiffusionGemmaDecoding:
+        """Settings of one call, `options` over a checkpoint's `defaults`. Raises ValueError naming a wrong one."""
+        known = [f.name for f in fields(DiffusionGemmaDecoding)]
+        chosen = {SYNONYMS.get(name, name): value for name, value in options.items()}
+        for name in chosen:
+            if name not in known:
+                raise ValueError(f"Unknown decode option {name!r} for DiffusionGemma; {nearest(name, known)}")
+        nested = (defaults.get("sampler_config") or {}).items()
+        own = {SYNONYMS.get(name, name): value for name, value in (*defaults.items(), *nested) if value is not None}
+        return DiffusionGemmaDecoding(**{**{k: v for k, v in own.items() if k in known}, **chosen})
+
+    @torch.no_grad()
+    def denoise(self, prompts: Batch, config: DiffusionGemmaDecoding, draws: list[Generator] | None) -> Iterator[Step]:
+        """Canvas after canvas, a `Step` after each call of the decoder; places not yet reached show the pad token.
+
+        Args:
+            prompts: one row a request, without labels.
+            draws: a generator for each row; None: torch's global one for the batch as a whole, as transformers draws.
+        """
+        batch, device, length = len(prompts), self.device, self.canvas_length
+        real = (prompts.documents != PADDING).to(device)
+        new_ids, seen = _aligned(prompts.input_ids.to(device), real, left=True)
+        draws = None if draws is None else [_on(device, generator) for generator in draws]
+        total = -(-config.max_new_tokens // length) * length
+        answer = torch.full((batch, total), self.config.pad_token_id, device=device)
+        known = torch.zeros_like(answer, dtype=torch.bool)
+        forwards = torch.zeros(batch, dtype=torch.int64, device=device)
+        stopped = torch.zeros(batch, dtype=torch.bool, device=device)
+        stops = torch.tensor(config.stop_ids, dtype=answer.dtype, device=device)
+        prefix = None
+        for start in range(0, total, length):
+            prefix = self._encode(new_ids, seen, prefix)
+            here = slice(start, start + length)
+            for draft, done, alive in self._canvas(prefix, seen, config, draws, stopped):
+                forwards = forwards + (alive & ~stopped)
+                answer, known = answer.clone(), known.clone()
+                answer[:, here] = torch.where(stopped[:, None], answer[:, here], draft)
+                known[:, here] = (done | stopped)[:, None]
+                ends = (torch.isin(answer, stops) & known).any(1)
+                finished = ends | known.all(1)
+                yield Step(ids=answer, committed=known, num_forwards=forwards, finished=finished)
+            stopped = (torch.isin(answer, stops) & known).any(1)
+            if bool(stopped.all()):
+                return
+            new_ids = answer[:, here]
+            seen = torch.cat([seen, torch.ones_like(new_ids, dtype=torch.bool)], 1)
+
+    def _canvas(
+        self,
+        prefix: DynamicCache,
+        seen: Tensor,
+        config: DiffusionGemmaDecoding,
+        draws: list[Generator] | None,
+        stopped: Tensor,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """One canvas, step by step: its most probable tokens [B, C], rows that are done, rows that were asked [B]."""
+        vocabulary, length, steps = self.config.backbone["vocab_size"], self.canvas_length, config.steps
+        bound = EntropyBoundSamplerConfig(entropy_bound=float(config.entropy_bound))
+        sampler: Any = EntropyBoundSampler(bound, length, vocabulary, steps)
+        cool: Any = LinearTemperatureScheduleLogitsProcessor(config.t_min, config.t_max, steps)
+        stop: Any = StableAndConfidentStoppingCriteria(config.stability_threshold, config.confidence_threshold)
+        valid = torch.ones(len(seen), length, dtype=torch.bool, device=seen.device)
+        done = torch.zeros_like(stopped) if draws is None else stopped.clone()  # transformers goes on with all rows
+        canvas = draft = _uniform(vocabulary, valid, draws, ~done)
+        feedback: Tensor | None = None
+        for left in range(steps, 0, -1):
+            alive, step = ~done, torch.tensor(left, device=seen.device, dtype=torch.int32)
+            logits = cool(canvas, self._decode(canvas, valid, prefix, seen, feedback), cur_step=step)
+            drawn = _categorical(logits.softmax(-1, dtype=torch.float32), draws, alive)
+            kept = sampler.accept_canvas(canvas, drawn, logits, step)
+            fresh = torch.where(sampler.accepted_token_mask, kept, _uniform(vocabulary, valid, draws, alive))
+            if feedback is not None:
+                logits = torch.where(done[:, None, None], feedback.to(logits.dtype), logits)
+            canvas = torch.where(done[:, None], canvas, fresh)
+            draft = torch.where(done[:, None], draft, logits.argmax(-1))
+            done = done | stop(draft, logits)
+            feedback = logits.to(self.dtype)
+            last = left == 1 or bool(done.all())
+            yield draft, torch.ones_like(done) if last else done, alive
+            if last:
+                return
+
+    def _encode(self, ids: Tensor, seen: Tensor, prefix: DynamicCache | None) -> DynamicCache:
+        """The cache with the keys and values of `ids` [B, n], the last columns of what is `seen` [B, P]."""
+        prefix = DynamicCache(config=self.inner.config.get_text_config(decoder=True)) if prefix is None else prefix
+        positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        encoder = self.inner.model.encoder
+        masks = encoder.create_masks_for_generate(
+            config=self.inner.config,
+            inputs_embeds=torch.empty(*ids.shape, 0, dtype=self.dtype, device=ids.device),
+            attention_mask=seen,
+            past_key_values=prefix,
+            position_ids=positions,
+        )
+        encoder(input_ids=ids, attention_mask=masks, past_key_values=prefix, position_ids=positions)
+        return prefix
+
+    def _decode(
+        self, ids: Tensor, valid: Tensor, prefix: DynamicCache, seen: Tensor, feedback: Tensor | None
+    ) -> Tensor:
+        """Logits [B, C, V] of a canvas behind a prompt."""
+        first = seen.sum(1, keepdim=True)
+        return self.inner(
+            decoder_input_ids=ids,
+            self_conditioning_logits=feedback,
+            decoder_attention_mask=torch.cat([seen, valid], 1),
+            decoder_position_ids=first + torch.arange(ids.shape[1], device=ids.device),
+            past_key_values=prefix,
+        ).logits
+
+
+def _aligned(ids: Tensor, which: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
+    """The chosen ids [B, L] of each row, padded to the longest (at least 1) on one side; and which are real."""
+    sizes = which.sum(1)
+    steps = torch.arange(max(int(sizes.max()), 1), device=ids.device)
+    real = steps >= len(steps) - sizes[:, None] if left else steps < sizes[:, None]
+    padded = torch.zeros(real.shape, dtype=ids.dtype, device=ids.device)
+    padded[real] = ids[which]
+    return padded, real
+
+
+def _places(which: Tensor, real: Tensor) -> Tensor:
+    """The columns [B, C] that the chosen ones have; 0 where there is none."""
+    columns = torch.arange(which.shape[1], device=which.device).expand_as(which)
+    places = torch.zeros(real.shape, dtype=torch.int64, device=which.device)
+    places[real] = columns[which]
+    return places
+
+
+def _wide(rows: Tensor, values: Tensor) -> Tensor:
+    return rows[..., None].expand(-1, -1, values.shape[-1])
+
+
+def _on(device: torch.device, generator: Generator) -> Generator:
+    """A generator of this device, begun from the other where that is of another one."""
+    if generator.device.type == device.type:
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return Generator(device).manual_seed(seed)
+
+
+def _uniform(vocabulary: int, like: Tensor, draws: list[Generator] | None, alive: Tensor) -> Tensor:
+    """Random tokens [B, C]; rows that are done draw nothing from generators of their own."""
+    if draws is None:
+        return torch.randint(vocabulary, like.shape, device=like.device)
+    drawn = torch.zeros(like.shape, dtype=torch.int64, device=like.device)
+    for row in alive.nonzero().flatten().tolist():
+        drawn[row] = torch.randint(vocabulary, like.shape[1:], generator=draws[row], device=like.device)
+    return drawn
+
+
+def _categorical(probabilities: Tensor, draws: list[Generator] | None, alive: Tensor) -> Tensor:
+    """Tokens [B, C] drawn from probabilities [B, C, V]."""
+    if draws is None:
+        return torch.multinomial(probabilities.flatten(0, 1), 1).view(probabilities.shape[:2])
+    drawn = torch.zeros(probabilities.shape[:2], dtype=torch.int64, device=probabilities.device)
+    for row in alive.nonzero().flatten().tolist():
+        drawn[row] = torch.multinomial(probabilities[row], 1, generator=draws[row]).squeeze(1)
+    return drawn
