@@ -38,6 +38,7 @@ class Ragged:
 
     order: Tensor
     groups: tuple[Group, ...]
+    fused: bool = True  # whether float32 may take the fused kernel
 
     def gather(self, rows: Tensor) -> Tensor:
         """[B, L, ...] -> the real rows, sorted, [1, N, ...]."""
@@ -55,12 +56,12 @@ class Ragged:
         mixed = []
         for group in self.groups:
             keys, values = (_take(x, group.keys, shared).repeat_interleave(heads // shared, 1) for x in (k, v))
-            part = _attend(_take(q, group.queries, heads), keys, values, group.mask)
+            part = _attend(_take(q, group.queries, heads), keys, values, group.mask, self.fused)
             mixed.append(part.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, group.real))
         return torch.cat(mixed).unflatten(1, (heads, -1)).transpose(0, 1)[None]
 
 
-def ragged(visibility: Visibility) -> Ragged:
+def ragged(visibility: Visibility, *, fused: bool = True) -> Ragged:
     """Sort and group the rows of a batch: prefixes first, then documents by the power of two that holds them."""
     batch, length = visibility.document.shape
     document = visibility.document.flatten()
@@ -87,7 +88,7 @@ def ragged(visibility: Visibility) -> Ragged:
             shared = _span(prefix_start[rows[chosen]], prefix_length[rows[chosen]])
             keys = tuple(torch.cat(pair, 1) for pair in zip(shared, queries))
         groups.append(_group(queries, keys, look))
-    return Ragged(order, tuple(groups))
+    return Ragged(order, tuple(groups), fused)
 
 
 def _span(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,12 +105,14 @@ def _group(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, ...], look: tuple
     return Group(q, k, mask[:, None], q_real.flatten().nonzero().squeeze(1))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor:
     """Attention in plain steps: for short lists in bfloat16 on a CPU its backward takes a sixth of the fused kernel's
     time. A query that sees nothing (padding) gets a mean that is dropped. In float32, where nothing is hidden, it is
-    the fused kernel, and rounds as published code does."""
+    the fused kernel, and rounds as published code does; or not `fused`, as older code."""
     if q.dtype == torch.float32 and bool(mask.all()):
-        return F.scaled_dot_product_attention(q, k, v)
+        if fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
     hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min / 2)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + hidden
     return scores.softmax(-1, dtype=torch.float32 if q.dtype == torch.float16 else q.dtype).to(v.dtype) @ v

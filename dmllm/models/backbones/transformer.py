@@ -65,7 +65,8 @@ class TransformerConfig:
     """One matrix for the embedding and the vocabulary projection."""
     attention: str = "auto"
     """How the same mask is computed. dense: SDPA with a boolean mask. ragged: document by document, without padding.
-    flex: flex attention, compiled, which skips unseen blocks (GPU). auto: ragged on a CPU, dense elsewhere."""
+    flex: flex attention, compiled, which skips unseen blocks (GPU). auto: ragged on a CPU, dense elsewhere. eager: as
+    auto, but on a CPU without a fused kernel; float32 is then rounded as in code that has none (LLaDA-V)."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; output projections are further divided by sqrt(2 * layers)."""
 
@@ -92,8 +93,8 @@ class TransformerConfig:
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 "set head_dim, or change one of them."
             )
-        if self.attention not in ("auto", "dense", "ragged", "flex"):
-            raise ValueError(f"attention={self.attention!r} is not one of: auto, dense, ragged, flex.")
+        if self.attention not in ("auto", "dense", "ragged", "flex", "eager"):
+            raise ValueError(f"attention={self.attention!r} is not one of: auto, dense, ragged, flex, eager.")
 
     @property
     def kv_heads(self) -> int:
@@ -249,8 +250,8 @@ def attention_mask(
     form: str, visibility: Visibility, cache: KVCache | None, device: torch.device
 ) -> Tensor | BlockMask | Ragged:
     """The rule in `form`, or in the one that this device computes best; rows behind a cache keep to masked forms."""
-    if cache is None and (form == "ragged" or (form == "auto" and device.type == "cpu")):
-        return ragged(visibility)
+    if cache is None and (form == "ragged" or (form in ("auto", "eager") and device.type == "cpu")):
+        return ragged(visibility, fused=form != "eager")
     context = None if cache is None else cache.visibility
     return visibility.flex(context) if form == "flex" else visibility.dense(context)
 

@@ -1,7 +1,8 @@
 """Vision encoders from transformers: SigLIP, SigLIP 2, CLIP, DINO and other towers of square patches.
 
 The name is a hub name or a folder, of the tower alone or of a model that contains one. `options` are fields of the
-tower's configuration; with `model_type` among them they are the whole configuration, and no file is read.
+tower's configuration; with `model_type` among them they are the whole configuration, and no file is read. Among them
+may be `attn_implementation`, how attention is computed while the weights are float32 (eager: rounded as in LLaVA's code).
 
 Normalisation comes from the model's `preprocessor_config.json`. SigLIP 2 towers of flexible resolution (NaFlex) are fed
 one fixed grid, by default the square of their own number of patches.
@@ -31,6 +32,7 @@ WEIGHTS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pyto
 SHARDS = ("*.safetensors", "pytorch_model*.bin")
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of PIL's numbers, which the files hold
 TRIMMED = ("siglip_vision_model", "siglip2_vision_model", "clip_vision_model")  # encoder.layers, then post_layernorm
+ATTENTION = "attn_implementation"
 HALF = (0.5, 0.5, 0.5)
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 NORMALISATION = {"siglip_vision_model": (HALF, HALF), "siglip2_vision_model": (HALF, HALF), "clip_vision_model": CLIP}
@@ -45,6 +47,7 @@ class HuggingFaceEncoder(VisionEncoder):
         if -config.layer > shape.num_hidden_layers:
             raise ValueError(f"vision layer={config.layer}: {config.name} has {shape.num_hidden_layers} layers.")
         self.tower: Any = _load(config, shape) if load_weights else _class(shape)(shape)
+        self.float32_attention = config.options.get(ATTENTION)
         self.patch, self.flexible = _side(shape.patch_size), _is_flexible(shape)
         self.hidden_size = shape.hidden_size
         self.grid = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
@@ -69,6 +72,8 @@ class HuggingFaceEncoder(VisionEncoder):
             shape = AutoConfig.from_pretrained(folder)
             shape = getattr(shape, "vision_config", shape)
             for key, value in config.options.items():
+                if key == ATTENTION:
+                    continue
                 if not hasattr(shape, key):
                     raise ValueError(f"{config.name} has no option {key!r}; {nearest(key, list(_fields(shape)))}")
                 setattr(shape, key, value)
@@ -89,11 +94,15 @@ class HuggingFaceEncoder(VisionEncoder):
             mean=mean,
             std=std,
             interpolation=config.interpolation or RESAMPLING[prepared.get("resample", 3)],
-            options=_fields(shape),
+            options=_fields(shape) | {k: v for k, v in config.options.items() if k == ATTENTION},
         )
 
     def features(self, pixels: Tensor) -> Tensor:
         """The tower's patch rows [T, rows * cols, D]; prefix tokens come first and are cut."""
+        if self.float32_attention is not None:
+            form = self.float32_attention if pixels.dtype == torch.float32 else "sdpa"
+            if self.tower.config._attn_implementation != form:
+                self.tower.set_attn_implementation(form)
         arguments: dict[str, Any] = dict(self.arguments)
         if self.flexible:
             arguments |= self._packed(len(pixels), pixels.device)
@@ -128,7 +137,7 @@ class HuggingFaceEncoder(VisionEncoder):
 
 def _shape(config: VisionConfig) -> PreTrainedConfig:
     """The tower's configuration out of resolved options."""
-    options = dict(config.options)
+    options = {key: value for key, value in config.options.items() if key != ATTENTION}
     kind = options.pop("model_type")
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
         raise ValueError(f"vision model_type={kind!r} is not known; {nearest(kind, [*NORMALISATION])}")

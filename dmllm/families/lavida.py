@@ -1,0 +1,103 @@
+"""LaViDa: LLaDA 8B or Dream 7B behind a SigLIP tower whose 27 x 27 patches are pooled to 14 x 14.
+
+The prompt sees only itself (prefix-DLM), so that its keys and values are computed once; `visibility="full"` lets it see
+the answer, as checkpoints without that training stage had it. Both are the authors', and give different tokens.
+
+Source: Li et al., arXiv:2505.16839; code jacklishufan/LaViDa (llava/**, predict.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmllm.families import dream, llada, llava
+from dmllm.families.family import Family, Fields, require
+from dmllm.families.llada_v import TOWER_EXAMPLE
+
+TOWER = "google/siglip-so400m-patch14-384"  # their loader is told, config.json need not be
+LLADA_MASK, DREAM_MASK = 126336, 151666
+
+# ChatML with the pictures before the question.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DECODE = {"max_new_tokens": 64, "block_length": 64, "schedule": "shift"}
+
+
+def of_llada(config: Fields) -> dict[str, Any]:
+    """The fields of `DmllmConfig`."""
+    require(config, d_model_gen=None)  # LaViDa-O, which draws
+    return _prefix({"mask_token_id": LLADA_MASK, **config}, llada.to_dmllm)
+
+
+def of_dream(config: Fields) -> dict[str, Any]:
+    """The fields of `DmllmConfig`."""
+    return _prefix({"mask_token_id": DREAM_MASK, **config}, dream.to_dmllm)
+
+
+def _prefix(config: Fields, text: Any) -> dict[str, Any]:
+    return {**text(config), "visibility": "prefix", **llava.to_dmllm(config, tower=TOWER, pooled=True)}
+
+
+def _pictures(config: Fields, kind: str) -> bool:
+    said = str(config.get("model_type", "")).lower()
+    return said == f"llava_{kind}" or (said == kind and "mm_vision_tower" in config)
+
+
+PICTURES = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    "mm_hidden_size": 16,
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_spatial_pool_mode": "bilinear",
+    "mm_vision_tower": TOWER,
+    "vision_config": TOWER_EXAMPLE,
+}
+POOLED = llava.projector_keys("projector.project")
+COMMON: dict[str, Any] = {
+    "ignored": (r".*rotary_emb\.inv_freq",),
+    "beside": llava.BESIDE,
+    "processor": {"max_length": 8192, "tiling": {"several": "pad"}},
+}
+
+LAVIDA = Family(
+    name="lavida",
+    title="LaViDa-LLaDA: instruct, FIM, low resolution, reason",
+    source="arXiv:2505.16839; jacklishufan/LaViDa",
+    recognise=lambda config: "d_model" in config and _pictures(config, "llada"),
+    config=of_llada,
+    keys=(*llada.KEYS, *llava.TOWER_KEYS, *POOLED),
+    chat_template=llava.template(llada.CHAT_TEMPLATE),
+    decode=DECODE,
+    verified="tiles, features, merged streams, logits, generations, forwards: tests/families/test_lavida.py",
+    example={
+        **llada.EXAMPLE,
+        "architectures": ["LlavaLladaForMaskedDiffusion"],
+        "model_type": "llava_llada",
+        **PICTURES,
+    },
+    **COMMON,
+)
+LAVIDA_DREAM = Family(
+    name="lavida_dream",
+    title="LaViDa-Dream: instruct",
+    source="arXiv:2505.16839; jacklishufan/LaViDa",
+    recognise=lambda config: _pictures(config, "dream"),
+    config=of_dream,
+    keys=(*dream.KEYS, *llava.TOWER_KEYS, *POOLED),
+    chat_template=llava.template(CHATML),
+    decode=DECODE | {"remasking": "margin"},
+    verified="nothing recorded; its parts are those of lavida and dream",
+    example={
+        **dream.EXAMPLE,
+        "architectures": ["LlavaDreamForMaskedDiffusion"],
+        "model_type": "llava_dream",
+        **PICTURES,
+    },
+    **COMMON,
+)
