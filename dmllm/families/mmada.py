@@ -45,13 +45,18 @@ MMADA = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     chat_template=CHAT_TEMPLATE,
-    decode={"max_new_tokens": 512, "steps": 256, "block_length": 128},
+    decode={"max_new_tokens": 512, "steps": 256, "block_length": 128, "count_mask": True},
     image_vocabulary=image_vocabulary,
     quirks=(
         (
             "training adds 1 to attention at real tokens and 0 at padding, in place of a mask",
             "fixed",
             "padding is seen with a weight of 1/e; the authors' own inference hides it",
+        ),
+        (
+            "commits the mask token where that is the most probable, which leaves a hole or wastes a call",
+            "fixed",
+            "the best other token is committed, by the same probability (count_mask)",
         ),
         (
             "mmu_generate with guidance ignores attention_mask",
