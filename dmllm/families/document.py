@@ -54,4 +54,8 @@ def _settings(family: Family) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    return "".join("| " + " | ".join(cell.replace("|", r"\|").replace("<", "&lt;") for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(map(_cell, row)) + " |\n" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;")
