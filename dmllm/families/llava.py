@@ -105,7 +105,7 @@ def to_dmllm(config: Fields, *, tower: str | None = None, pooled: bool = False) 
     shape = config.get("vision_config") or TOWERS.get(name)
     if shape is None:
         raise ValueError(
-            f"config.json: mm_vision_tower={name!r} is not known; {', '.join(TOWERS)} are. Put the tower's configuration "
+            f"config.json: mm_vision_tower={name!r} is not known; {', '.join(TOWERS)} are. Put its configuration "
             f"beside config.json as {BESIDE[0]}, with model_type siglip_vision_model."
         )
     require(shape, model_type="siglip_vision_model")

@@ -2,7 +2,7 @@
 
 The name is a hub name or a folder, of the tower alone or of a model that contains one. `options` are fields of the
 tower's configuration; with `model_type` among them they are the whole configuration, and no file is read. Among them
-may be `attn_implementation`, how attention is computed while the weights are float32 (eager: rounded as in LLaVA's code).
+may be `attn_implementation`: how attention is computed while the weights are float32 (eager rounds as LLaVA does).
 
 Normalisation comes from the model's `preprocessor_config.json`. SigLIP 2 towers of flexible resolution (NaFlex) are fed
 one fixed grid, by default the square of their own number of patches.

@@ -1,0 +1,139 @@
+"""LLaDA-V against the authors' code: tiles, features, the merged stream, its logits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.families.recorded_pictures import Recorded, assert_written_back, digests, threads  # noqa: F401
+
+from dmllm.checkpoints import folder
+from dmllm.families.llada_v import LLADA_V
+from dmllm.families.llava import SO400M, pinpoints
+from dmllm.models.configuration import DmllmConfig
+from dmllm.pipeline import load
+
+RECORDED = Recorded("llada_v", threads=2)
+CASES = RECORDED.cases
+MERGED = CASES["merge_cases"]
+pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.parametrize("threads", [RECORDED.threads], indirect=True)]
+
+
+@pytest.mark.parametrize("name", CASES["pixel_cases"])
+def test_tiles_are_the_authors_to_the_bit_in_their_order(name) -> None:
+    case = CASES["pixel_cases"][name]
+    assert digests(RECORDED.tiles(RECORDED.pipe_of(case), case)) == case["sha256_uint8_tiles"]
+
+
+@torch.no_grad()
+def test_tower_and_projector_give_the_authors_features() -> None:
+    case = MERGED["two_pad"]
+    pipe = RECORDED.pipe_of(case)
+    tower = pipe.model.vision(RECORDED.tiles(pipe, case))
+    assert RECORDED.distance("features/pad_ac/tower", tower) < 1e-5
+    assert RECORDED.distance("features/pad_ac/projected", pipe.model.projector(tower)) < 1e-5
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_stream_and_logits_are_the_authors(name) -> None:
+    case = MERGED[name]
+    pipe = RECORDED.pipe_of(case)
+    stream, logits = RECORDED.stream(pipe, case)
+    assert stream.shape[1] == case["merged_len"]
+    assert RECORDED.distance(f"merged/{name}/inputs_embeds", stream) < 1e-5
+    assert RECORDED.distance(f"merged/{name}/logits", logits) < 1e-4
+
+
+def test_logits_of_ids_stand_at_their_columns_alone_and_in_a_batch() -> None:
+    case, text = MERGED["single_pad"], MERGED["text_only"]
+    pipe = RECORDED.pipe_of(case)
+    _, logits = RECORDED.stream(pipe, case)
+    ids = torch.tensor([case["input_ids"]])
+    alone = pipe.logits(ids, images=RECORDED.images(case))
+    image = case["input_ids"].index(-200)
+    kept = [*range(image + 1), *range(logits.shape[1] - (ids.shape[1] - image - 1), logits.shape[1])]
+    assert torch.equal(alone, logits[:, kept])
+    both = torch.full((2, ids.shape[1]), 151)
+    both[0], both[1, : len(text["input_ids"])] = ids[0], torch.tensor(text["input_ids"])
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[ids.shape[1]], [len(text["input_ids"])]])).long()
+    batched = pipe.logits(both, mask, images=[RECORDED.images(case), None])
+    assert (batched[0] - alone[0]).abs().max() < 1e-3
+    assert (batched[1, : len(text["input_ids"])] - pipe.logits([text["input_ids"]])[0]).abs().max() < 1e-3
+
+
+def test_a_map_of_more_rows_than_anyres_max_is_resized_and_one_below_is_not() -> None:
+    one_tile = [
+        RECORDED.stream(RECORDED.pipe(image_aspect_ratio=name), MERGED["anyres_a"])[0].shape[1]
+        for name in ("anyres_max_1", "anyres_max_4")
+    ]
+    assert one_tile == [MERGED["anyres_a"]["merged_len"]] * 2
+    six = RECORDED.stream(RECORDED.pipe(image_aspect_ratio="anyres_max_1"), MERGED["anyres_b"])[0].shape[1]
+    assert six < MERGED["anyres_b"]["merged_len"] - 2 * 729
+
+
+def test_several_pictures_may_each_be_one_padded_tile() -> None:
+    pipe = load(str(RECORDED.folder), device="cpu")
+    pipe.model.config.tiling = {**pipe.model.config.tiling, "several": "pad"}
+    assert RECORDED.stream(pipe, MERGED["two_anyres"])[0].shape[1] == MERGED["two_pad"]["merged_len"]
+    assert RECORDED.stream(pipe, MERGED["anyres_a"])[0].shape[1] == MERGED["anyres_a"]["merged_len"]
+
+
+def test_written_back_it_is_the_authors_checkpoint_to_the_bit(tmp_path) -> None:
+    assert_written_back(load(str(RECORDED.folder), device="cpu"), RECORDED, tmp_path)
+
+
+def test_a_published_tower_needs_no_file_and_an_unknown_one_is_refused() -> None:
+    published = {**RECORDED.config, "mm_hidden_size": 1152}
+    ours = DmllmConfig(**LLADA_V.config(published))
+    assert ours.vision["options"] == {**SO400M, "attn_implementation": "eager"}
+    with pytest.raises(ValueError, match="mm_vision_tower='google/other'.*vision_config.json"):
+        LLADA_V.config({**published, "mm_vision_tower": "google/other"})
+    with pytest.raises(ValueError, match="mm_hidden_size=16, but the tower is 1152 wide"):
+        LLADA_V.config(RECORDED.config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mm_projector_type", "mlp3x_gelu", "mm_projector_type='mlp3x_gelu'"),
+        ("mm_patch_merge_type", "spatial_maxpool2x2", "mm_patch_merge_type"),
+        ("image_aspect_ratio", "highres", "image_aspect_ratio='highres'"),
+        ("image_grid_pinpoints", "many", "image_grid_pinpoints='many'"),
+        ("attention_bias", True, "attention_bias=True"),
+    ],
+)
+def test_what_our_parts_do_not_compute_is_refused_by_field(field, value, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(str(RECORDED.folder), device="cpu", config={field: value})
+
+
+def test_a_weight_too_few_and_one_too_many_are_named(tmp_path) -> None:
+    for name in ("config.json", "vision_config.json"):
+        (tmp_path / name).write_text((RECORDED.folder / name).read_text())
+    tower = "model.vision_tower.vision_tower.vision_model."
+    weights = {name: tensor for name, tensor in RECORDED.weights.items() if name != "model.image_newline"}
+    save_file({**weights, f"{tower}head.probe": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)model\.image_newline.*head\.probe"):
+        load(str(tmp_path), device="cpu")
+
+
+def test_pinpoints_are_read_in_every_published_form() -> None:
+    assert pinpoints("(1x1),...,(2x3)", 384)[:4] == [(384, 384), (384, 768), (384, 1152), (768, 384)]
+    assert pinpoints("[[384, 768], [768, 384]]", 384) == pinpoints([[384, 768], (768, 384)], 384)
+
+
+def test_the_tokens_that_are_never_produced_are_the_authors_or_those_of_config_json() -> None:
+    assert RECORDED.pipe().generation["suppress_ids"] == [151, 152]
+    assert LLADA_V.decode_defaults({**RECORDED.config, "vocab_size": 126464})["suppress_ids"] == [
+        *(126080, 126081, 126346, 126347)
+    ]
+
+
+def test_tiling_survives_our_own_format(tmp_path) -> None:
+    pipe = RECORDED.pipe()
+    saved = load(str(folder.save(tmp_path / "ours", pipe.model)), device="cpu")
+    assert saved.tiling == pipe.tiling and replace(saved.tiling, max_tiles=None) != pipe.tiling
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["unused"]
