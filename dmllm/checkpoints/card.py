@@ -87,13 +87,16 @@ def describe(model: MultimodalModel, tiling: TilingConfig | None) -> dict[str, s
     parts = {n: m for n in ("backbone", "vision", "projector") if (m := getattr(model, n, None)) is not None}
     family = None if config.family is None else FAMILIES.load(config.family)
     seen = config.visibility == "full"
+    image = "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}"
+    if family is not None and family.image_vocabulary and (codes := family.image_vocabulary(config.published or {})):
+        image = f"{codes.size} codes of an image tokenizer, from id {codes.offset} on"
     return {
         "family": "none: made with dmllm" if family is None else f"{family.name}: {family.title}",
         "parameters": f"{count(model):,}",
         **{name: f"{count(module):,}" for name, module in parts.items()},
         "shape": ", ".join(f"{k} {v}" for k, v in config.backbone.items()),
         "vision tower": (config.vision or {}).get("name", "none: text only"),
-        "image": "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}",
+        "image": image,
         "tokens per image": "none" if tiling is None else _rows_of_images(tiling),
         "visibility": config.visibility,
         "cache": "none is exact: the prompt sees the canvas" if seen else "exact: what is known is computed once",
