@@ -57,6 +57,7 @@ DIFFUSION_GEMMA = Family(
         adapter="dmllm.models.diffusion_gemma:DiffusionGemma",
         optional=r"model\.encoder\.(vision_tower|embed_vision)\..*",
     ),
+    decode={"max_new_tokens": 256, "steps": 48, "entropy_bound": 0.1, "t_max": 0.8, "t_min": 0.4},
     quirks=(
         (
             "eager attention raises TypeError in generate() for a padded prompt",

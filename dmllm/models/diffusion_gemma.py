@@ -119,6 +119,10 @@ class DiffusionGemma(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()
 
+    def embed(self, *_: Any) -> Tensor:
+        """What scoring begins with, which hides tokens. Raises ValueError: there is none that hides."""
+        raise ValueError("DiffusionGemma has no mask token, so it cannot score answers by hiding them; use logits().")
+
     @property
     def canvas_length(self) -> int:
         """C of generation; `forward` takes any."""

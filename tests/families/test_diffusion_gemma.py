@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_settings_come_from_the_checkpoint_and_wrong_ones_are_named(pipeline, tm
     shutil.copytree(GOLDEN, tmp_path / "own")
     own = {"max_denoising_steps": 7, "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.3}}
     (tmp_path / "own" / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": [1, 106]}))
-    config = dmllm.load(str(tmp_path / "own"), device="cpu").decode_config(t_max=0.9)
+    config: Any = dmllm.load(str(tmp_path / "own"), device="cpu").decode_config(t_max=0.9)
     assert (config.steps, config.entropy_bound, config.t_max, config.stop_ids) == (7, 0.3, 0.9, (1, 106))
     with pytest.raises(ValueError, match=r"'entropy_bounds' for DiffusionGemma; did you mean entropy_bound\?"):
         pipeline.generate(PROMPT, entropy_bounds=1.0)
@@ -175,6 +176,13 @@ def test_a_transformers_without_the_model_says_what_to_type(monkeypatch):
     with pytest.raises(ValueError, match=r"DiffusionGemmaForBlockDiffusion; this is transformers 5\.0\.0\. Type: pip"):
         dmllm.load(str(GOLDEN), device="cpu")
     assert hasattr(transformers, "DiffusionGemmaForBlockDiffusion")
+
+
+def test_what_it_cannot_do_is_refused(pipeline):
+    with pytest.raises(ValueError, match=r"DiffusionGemma has no mask token, so it cannot score"):
+        pipeline.score(PROMPT, CANVAS, num_samples=1)
+    with pytest.raises(ValueError, match=r"takes text only; leave the images out"):
+        pipeline.generate(PROMPT, images=["picture.png"])
 
 
 def test_another_model_takes_no_feedback():

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import dmllm
 from dmllm.checkpoints.published import write_published
 from dmllm.families import FAMILIES, family_of
-from dmllm.families.lumina_dimoo import CHAT_TEMPLATE, IMAGES, LUMINA_DIMOO, SYSTEM
+from dmllm.families.lumina_dimoo import CHAT_TEMPLATE, IMAGES, LUMINA_DIMOO, SYSTEM, image_vocabulary
 
 MMADA = Path(__file__).parents[1] / "golden" / "mmada"  # the same transformer under the same names
 
@@ -64,8 +64,8 @@ def test_rows_of_a_picture_end_with_a_newline_and_a_question_with_the_opening_of
     assert IMAGES.understanding(codes, [9], before=[5, 6]).tolist() == [5, 6, *picture, 9, 126354]
     with pytest.raises(ValueError, match=r"codes are \[4\]; this vocabulary takes \[rows, columns\]"):
         IMAGES.picture(codes.flatten())
-    assert LUMINA_DIMOO.image_vocabulary({"mask_token_id": 126336}) is IMAGES
-    assert LUMINA_DIMOO.image_vocabulary({"mask_token_id": 120}) is None
+    assert image_vocabulary({"mask_token_id": 126336}) is IMAGES
+    assert image_vocabulary({"mask_token_id": 120}) is None
 
 
 def test_a_question_is_framed_by_tags_as_the_authors_frame_it():
