@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from dmllm.checkpoints import folder
+from dmllm.checkpoints import weights as weights_module
 from dmllm.checkpoints.example import write_example
 from dmllm.checkpoints.published import write_published
 from dmllm.checkpoints.weights import save_shards
@@ -149,6 +152,16 @@ def test_a_tokenizer_of_the_authors_own_class_is_read_by_the_class_it_is(tmp_pat
 def test_only_what_came_from_a_published_checkpoint_is_written_as_one(tmp_path):
     with pytest.raises(ValueError, match="Only a model that came from a published checkpoint"):
         write_published(folder.load("dmllm-tiny").model, tmp_path / "out")
+
+
+def test_reading_much_is_shown_on_a_terminal_only(llada, capsys, monkeypatch):
+    folder.load(llada)
+    monkeypatch.setattr(weights_module, "LARGE", 1)
+    folder.load(llada)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(weights_module, "Console", partial(Console, force_terminal=True))
+    folder.load(llada)
+    assert "loading llada" in capsys.readouterr().err
 
 
 MEASURE = """
