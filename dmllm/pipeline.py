@@ -18,10 +18,11 @@ from torch import Tensor
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.card import describe
 from dmllm.data.collate import collate
+from dmllm.nn.rope import places
 from dmllm.nn.visibility import check_layout, layout
 from dmllm.predictor import encode_distinct, likelihoods, prepare
 from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
-from dmllm.samplers.canvas import Canvas, reply_length
+from dmllm.samplers.canvas import reply_length
 from dmllm.samplers.config import DecodeConfig, decode_config
 from dmllm.samplers.denoise import denoise
 from dmllm.tiling import TilingConfig
@@ -339,9 +340,8 @@ class Pipeline:
             draws = None if generator is None else row_generators(generator, examples)
             return own(self._collate(examples), config, draws)
         asked = prepare(self.model, self._collate(examples), config, self.special.mask, use_cache)
-        for step in denoise(*asked, row_generators(generator, examples)):
-            answers = slice(config.max_new_tokens)  # a canvas of whole blocks may be longer
-            yield replace(step, ids=step.ids[:, answers], committed=step.committed[:, answers])
+        steps, length = denoise(*asked, row_generators(generator, examples)), config.max_new_tokens
+        return (replace(s, ids=s.ids[:, :length], committed=s.committed[:, :length]) for s in steps)  # of whole blocks
 
     def _collate(self, examples: list[Example]) -> Batch:
         tiling = self.tiling

@@ -2,7 +2,7 @@
 
 The pictures are encoded once and the prompts embedded once. Where no prompt row sees the canvas, which the visibility
 rule itself tells, the prompts' keys and values are computed once too, and a call feeds the canvas alone; that changes
-no result. Otherwise a call feeds prompts and canvas together.
+no result. Otherwise a call feeds prompts and canvas together. Block-causal models: `samplers.blocks`.
 
 Shapes: B requests, P prompt rows (padded on the right), N canvas tokens, K positions asked for, V vocabulary, D hidden.
 """
@@ -18,10 +18,47 @@ from torch.nn import functional as F
 
 from dmllm.models.projectors import resize_maps
 from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import Visibility, layout
+from dmllm.nn.visibility import Visibility, check_layout, layout
 from dmllm.requests import fingerprint
+from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
+from dmllm.samplers.config import DecodeConfig
+from dmllm.samplers.denoise import Predict
+from dmllm.samplers.likelihood import draw_views, likelihood
 from dmllm.types import PADDING, TEXT, Batch
+
+
+def prepare(
+    model: Any, prompts: Batch, config: DecodeConfig, mask_id: int, use_cache: bool | None = None
+) -> tuple[Predict, Canvas, DecodeConfig]:
+    """What `denoise` takes for these prompts, of one row a request: the model given them, a blank canvas, settings.
+
+    Raises:
+        ValueError: `use_cache=True` where a cache would change the result.
+    """
+    length, scale = config.max_new_tokens, config.cfg_scale
+    trained = check_layout(model.config.visibility)
+    if trained is None:
+        predict = Predictor(model, prompts, length, mask_id, cfg_scale=scale, use_cache=use_cache)
+        return predict, Canvas.blank(len(prompts), length, mask_id, model.device), config
+    config = config.in_whole_blocks(trained)
+    config = replace(config, store_calls=config.store_calls and use_cache is not False)
+    assert config.block_length is not None
+    lengths = (prompts.documents != PADDING).sum(1).to(model.device)
+    canvas = whole_blocks(lengths, length, config.block_length, mask_id)
+    with torch.no_grad():
+        stream, _, positions = _streams(model, prompts, canvas.ids.shape[1], mask_id if scale else None)
+    predict = BlockPredictor(
+        model,
+        stream,
+        positions,
+        lengths.repeat(2 if scale else 1),
+        canvas,
+        cfg_scale=scale,
+        use_cache=use_cache is not False,
+        store_calls=config.store_calls,
+    )
+    return predict, replace(canvas, forwards=predict.spent), config
 
 
 @dataclass(frozen=True)
@@ -67,14 +104,7 @@ class Predictor:
     ):
         self.model, self.cfg_scale = model, cfg_scale
         with torch.no_grad():
-            features = encode_distinct(model, prompts)
-            prompts = prompts.to(model.device)
-            stream = model.embed(prompts.input_ids, prompts.image_slots, features)
-            documents, positions = _with_canvas(prompts, length)
-            if cfg_scale:
-                masked = torch.full_like(prompts.input_ids, mask_id)
-                stream = torch.cat([stream, model.embed(masked, torch.full_like(prompts.image_slots, TEXT))])
-                documents, positions = documents.repeat(2, 1), torch.cat([positions, positions], -2)
+            stream, documents, positions = _streams(model, prompts, length, mask_id if cfg_scale else None)
             canvas = torch.arange(documents.shape[1], device=documents.device) >= stream.shape[1]
             visibility = layout(model.config.visibility, documents=documents, canvas=canvas.expand_as(documents))
             cache = self._cache(stream, positions, visibility, use_cache)
@@ -152,10 +182,7 @@ def likelihoods(
     batch_size: int,
     **options: Any,
 ) -> Tensor:
-    """log p(answer | prompt) in nats for each pair, [B] float64: the mean over views of n/k sum(log p of the k hidden).
-
-    In expectation over views that hide k of n tokens, k uniform in 1..n and then any k of them, it is a lower bound,
-    tight for exact conditionals (Nie et al., LLaDA, arXiv:2502.09992, equation 6, whose variance is below that of 1/t).
+    """log p(answer | prompt) in nats for each pair, [B] float64 (see `samplers.likelihood`).
 
     Args:
         prompts: each a batch of one; `options` are those of `Predictor`.
@@ -179,28 +206,8 @@ def likelihoods(
                 "answer, with something hidden in each view."
             )
         predict = Predictor(model, prompt, len(answer), mask_id, **options)
-        found.append(sum(_log_probs(predict, answer, part, mask_id) for part in views.split(batch_size)) / len(views))
+        found.append(likelihood(predict, answer, views, mask_id, batch_size))
     return torch.stack(found)
-
-
-@torch.no_grad()
-def _log_probs(predict: Predictor, answer: Tensor, hidden: Tensor, mask_id: int) -> Tensor:
-    """The sum over views [S, n] of log p(what is hidden) n / (number hidden)."""
-    answers = answer.expand(len(hidden), -1)
-    canvas = Canvas.of(answers, ~hidden, mask_id)
-    canvas = replace(canvas, requests=torch.zeros_like(canvas.requests))  # all are views of one request
-    logits = predict(canvas, torch.arange(len(answer), device=answer.device).expand_as(answers)).float()
-    found = logits.gather(-1, answers[..., None]).squeeze(-1) - logits.logsumexp(-1)
-    return (found * hidden).sum(1).double() @ (len(answer) / hidden.sum(1).double())
-
-
-def draw_views(length: int, count: int, generator: Generator) -> Tensor:
-    """Which tokens each of `count` views hides, [count, length] bool: how many is spread evenly over 1..length."""
-    offset = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-    places = (offset.cpu() + torch.arange(count, dtype=torch.float64) / count) % 1.0
-    many = (places * length).long().clamp(max=length - 1) + 1
-    order = torch.rand(count, length, generator=generator, device=generator.device).cpu().argsort(1).argsort(1)
-    return order < many[:, None]
 
 
 def encode_distinct(model: Any, prompts: Batch) -> Tensor | None:
@@ -227,6 +234,22 @@ def _encode_pictures(model: Any, tiles: Tensor, grids: Tensor) -> Tensor:
     pixels = torch.cat([pictures[number] for number in chosen]).to(model.device)
     features = model.encode_images(pixels, image_grids=grids[chosen]).split(grids[chosen].prod(1).tolist())
     return torch.cat([features[chosen.index(distinct[key])] for key in keys])
+
+
+def _streams(model: Any, prompts: Batch, length: int, mask_id: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The prompts' embeddings [B, P, D]; documents [B, P + N] and positions, of the canvas too.
+
+    With `mask_id` they stand a second time below the first, every prompt row a mask token, image rows included.
+    """
+    features = encode_distinct(model, prompts)
+    prompts = prompts.to(model.device)
+    stream = model.embed(prompts.input_ids, prompts.image_slots, features)
+    documents, positions = _with_canvas(prompts, length)
+    if mask_id is not None:
+        masked = torch.full_like(prompts.input_ids, mask_id)
+        stream = torch.cat([stream, model.embed(masked, torch.full_like(prompts.image_slots, TEXT))])
+        documents, positions = documents.repeat(2, 1), torch.cat([positions, positions], -2)
+    return stream, documents, positions
 
 
 def _with_canvas(prompts: Batch, length: int) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,14 @@ LLADA2 = Family(
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
-    decode={"max_new_tokens": 512, "block_length": 32, "threshold": 0.95},
+    decode={
+        "max_new_tokens": 512,
+        "block_length": 32,
+        "schedule": "fixed",
+        "threshold": 0.95,
+        "count_mask": True,
+        "eos_early_stop": False,
+    },
     verified="logits with block and with full visibility: tests/families/test_llada2.py",
     quirks=(
         (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "calls", "post", "forwards")
+PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "opened", "calls", "post", "forwards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class Canvas:
     requests: Tensor  # [B] int64: which row of the first canvas this is, as finished rows leave
     offset: Tensor  # [B] int64: places of the first block that lie before the canvas
     block: Tensor  # [B] int64: the block being filled, -1 before the first
+    opened: Tensor  # [B] int64: how many of its tokens were unknown when it was entered
     calls: Tensor  # [B] int64: model calls spent on it
     post: Tensor  # [B] int64: calls that it may still have now that it is full
     forwards: Tensor  # [B] int64: model calls spent on the row
@@ -38,6 +39,7 @@ class Canvas:
             requests=rows,
             offset=none,
             block=torch.full_like(rows, -1),
+            opened=none,
             calls=none,
             post=none,
             forwards=none,

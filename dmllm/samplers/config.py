@@ -8,10 +8,11 @@ published systems are values of these fields; what each calls its own is said th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dmllm.registry import Table, nearest
+from dmllm.samplers.schedules import CURVES
 
 REMASKING = Table(
     "remasking rule",
@@ -24,7 +25,7 @@ REMASKING = Table(
         "sequential": "dmllm.samplers.rules:sequential",
     },
 )
-SCHEDULES = ("even", "fixed", "time")
+SCHEDULES = ["even", "fixed", "time", *CURVES]
 COUNTS = ("steps", "block_steps", "num_to_transfer")  # three ways to say how many tokens a call commits
 
 
@@ -48,7 +49,10 @@ class DecodeConfig:
     schedule: str = "even"
     """How many tokens a call commits at least. even: what is open in the block, shared by the calls that remain for it.
     fixed: the block's length shared by its calls, however many are known already (SDAR, LLaDA2). time: of m open ones
-    int(m (1 - s/t)) from time t to s, which may be none, and all at the last (Dream's quota)."""
+    int(m (1 - s/t)) from time t to s, which may be none, and all at the last (Dream's quota). linear, shift, cosine,
+    logit_normal: the steps of that curve, the largest ones last for `shift` above 1 (LaViDa)."""
+    shift: float = 3.0
+    """Of `schedule: shift`: the curve is shift t / (1 + (shift - 1) t); 1 is linear."""
     eps: float = 1e-3
     """Where the times of `schedule: time` end: linspace(1, eps, calls + 1)."""
     remasking: str = "low_confidence"
@@ -104,6 +108,8 @@ class DecodeConfig:
             if value is not None and not 0 <= value <= 1:
                 what = "the quota alone" if name == "threshold" else "no editing"
                 raise ValueError(f"{name}={value} is a probability between 0 and 1, or None for {what}.")
+        if isinstance(self.shift, bool) or not isinstance(self.shift, int | float) or not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift={self.shift!r} must be a number above 0; 1 is linear, 3 is usual.")
         if not 0 < self.eps < 1:
             raise ValueError(f"eps={self.eps} must lie between 0 and 1; 1e-3 is usual.")
         if not 0 <= self.temperature < float("inf"):
@@ -140,6 +146,14 @@ class DecodeConfig:
                 f"try {f'{below} or ' if below else ''}{below + blocks}."
             )
         return self.steps // blocks
+
+    def in_whole_blocks(self, block_length: int) -> DecodeConfig:
+        """These settings for a block-causal model: blocks of `block_length` unless said, and calls counted by block."""
+        own = replace(self, block_length=self.block_length or block_length)
+        if self.num_to_transfer is not None or self.block_steps is not None:
+            return own
+        steps = own.block_length if self.steps is None else own.steps_per_block(self.max_new_tokens)
+        return replace(own, steps=None, block_steps=steps)
 
     @property
     def draws_tokens(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.rules import choose, estimate
+from dmllm.samplers.schedules import CURVES, commit_counts
 from dmllm.types import Step
 
 Predict = Callable[[Canvas, Tensor], Tensor]
@@ -55,9 +56,11 @@ def denoise(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
 def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Canvas:
     """One model call, what it commits of each row's first unfilled block, and what it edits there."""
     length = canvas.block_length or config.block_of(canvas.ids.shape[1])
-    editing = config.editing_threshold is not None
     canvas = _enter_block(canvas, length)
-    rows, asked, slots = _open_rows(canvas, length, compact=canvas.ids.device.type == "cpu" and not editing)
+    rows, asked, slots = _open_rows(
+        canvas, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
+    )
+    canvas = replace(canvas, opened=torch.where(canvas.calls == 0, asked.sum(1), canvas.opened))
     uniform = _draw(config, draws, length, slots)
     seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
     doubt = REMASKING.load(config.remasking)(seen, uniform[1])
@@ -68,7 +71,7 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     chosen = choose(doubt, sure, asked, quota(canvas, config, asked, uniform[1], length))
     filled = canvas.commit(rows, seen.tokens, chosen)
     edited = torch.zeros_like(asked)
-    if editing:
+    if config.editing_threshold is not None:
         inside = rows == canvas.block[:, None] * length - canvas.offset[:, None] + slots  # the others are padding
         known = inside & ~asked & canvas.editable.gather(1, rows)
         better = (seen.tokens != canvas.ids.gather(1, rows)) & (seen.against < 1 - config.editing_threshold)
@@ -87,6 +90,10 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, uniform: Tensor, 
     open_rows, steps, calls = asked.sum(1), config.steps_per_block(canvas.ids.shape[1]), canvas.calls
     if config.num_to_transfer is not None:
         return torch.full_like(open_rows, config.num_to_transfer)
+    if config.schedule in CURVES:
+        rows = zip(canvas.opened.tolist(), calls.tolist(), strict=True)
+        counts = [(commit_counts(config.schedule, config.shift, n, steps)[c:] or (length,))[0] for n, c in rows]
+        return torch.tensor(counts, device=asked.device)
     if config.schedule == "fixed":
         return length // steps + (calls < length % steps).long()
     if config.schedule == "time":
