@@ -79,6 +79,8 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         filled = filled.commit(rows, seen.tokens, edited, edit=True)
     again = torch.where(edited.any(1), canvas.post - 1, 0)  # a full block is left once nothing changes
     post = torch.where(asked.any(1), config.post_steps, again)
+    if config.schedule == "time":  # a block lasts until its last time, even where chance has filled it before
+        post = post.maximum(config.steps_per_block(canvas.ids.shape[1]) - 1 - canvas.calls)
     return replace(filled, calls=canvas.calls + 1, post=post, forwards=canvas.forwards + 1)
 
 
