@@ -146,6 +146,7 @@ class Pipeline:
         attention_mask: Any = None,
         images: Any = None,
         *,
+        draft: Any = None,
         streamer: Any = None,
         generator: Seeds = None,
         use_cache: bool | None = None,
@@ -157,6 +158,8 @@ class Pipeline:
             attention_mask: [B, P], 0 at padding on the left or on the right; positions count from a row's first token.
             images: a list in the order of their image tokens, or a list (or None) for each row. An image token stands
                 once for each image, or as often as the image has rows.
+            draft: ids [B, D] that the canvas begins with, open where they are the mask token: text to be filled in, or
+                behind what is open, an ending that is given.
             streamer: transformers' streamer (`TextDiffusionStreamer` also shows drafts); for one row.
 
         Raises:
@@ -170,7 +173,8 @@ class Pipeline:
             streamer.put(ids)
         put_draft = getattr(streamer, "put_draft", None)
         trajectory = []
-        for step in self._denoise([a.example for a in asked], config, generator, use_cache):
+        given = None if draft is None else torch.as_tensor(draft).cpu()
+        for step in self._denoise([a.example for a in asked], config, generator, use_cache, given):
             trajectory.append(step)
             if put_draft is not None:
                 put_draft(step.ids.cpu())
@@ -334,12 +338,19 @@ class Pipeline:
         }
 
     def _denoise(
-        self, examples: list[Example], config: DecodeConfig, generator: Seeds, use_cache: bool | None
+        self,
+        examples: list[Example],
+        config: DecodeConfig,
+        generator: Seeds,
+        use_cache: bool | None,
+        draft: Tensor | None = None,
     ) -> Iterator[Step]:
         if (own := getattr(self.model, "denoise", None)) is not None:
+            if draft is not None:
+                raise ValueError("draft= is not for a model that denoises in its own way; leave it out.")
             draws = None if generator is None else row_generators(generator, examples)
             return own(self._collate(examples), config, draws)
-        asked = prepare(self.model, self._collate(examples), config, self.special.mask, use_cache)
+        asked = prepare(self.model, self._collate(examples), config, self.special.mask, use_cache, draft)
         steps, length = denoise(*asked, row_generators(generator, examples)), config.max_new_tokens
         return (replace(s, ids=s.ids[:, :length], committed=s.committed[:, :length]) for s in steps)  # of whole blocks
 

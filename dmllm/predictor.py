@@ -29,18 +29,29 @@ from dmllm.types import PADDING, TEXT, Batch
 
 
 def prepare(
-    model: Any, prompts: Batch, config: DecodeConfig, mask_id: int, use_cache: bool | None = None
+    model: Any,
+    prompts: Batch,
+    config: DecodeConfig,
+    mask_id: int,
+    use_cache: bool | None = None,
+    draft: Tensor | None = None,
 ) -> tuple[Predict, Canvas, DecodeConfig]:
-    """What `denoise` takes for these prompts, of one row a request: the model given them, a blank canvas, settings.
+    """What `denoise` takes for these prompts, of one row a request: the model given them, a canvas, settings.
+
+    Args:
+        draft: [B, D] ids that the canvas begins with, open where they are `mask_id`; None is a blank canvas.
 
     Raises:
-        ValueError: `use_cache=True` where a cache would change the result.
+        ValueError: `use_cache=True` where a cache would change the result; or a draft that does not fit.
     """
     length, scale = config.max_new_tokens, config.cfg_scale
-    trained = check_layout(model.config.visibility)
+    kind = config.visibility or model.config.visibility
+    trained = check_layout(kind)
     if trained is None:
-        predict = Predictor(model, prompts, length, mask_id, cfg_scale=scale, use_cache=use_cache)
-        return predict, Canvas.blank(len(prompts), length, mask_id, model.device), config
+        predict = Predictor(model, prompts, length, mask_id, cfg_scale=scale, use_cache=use_cache, visibility=kind)
+        return predict, _canvas(len(prompts), length, mask_id, model.device, draft), config
+    if draft is not None:
+        raise ValueError(f"draft= is not for visibility={kind!r}: such a model fills its blocks from left to right.")
     config = config.in_whole_blocks(trained)
     config = replace(config, store_calls=config.store_calls and use_cache is not False)
     assert config.block_length is not None
@@ -87,6 +98,7 @@ class Predictor:
         cfg_scale: above 0, each request is also asked without its prompt (every prompt row a mask token, image rows
             included) and the logits are un + (cfg_scale + 1)(cond - un).
         use_cache: None caches where it is exact; False never.
+        visibility: a name of `LAYOUTS`; None is the model's own.
 
     Raises:
         ValueError: `use_cache=True` where a cache would change the result.
@@ -101,14 +113,15 @@ class Predictor:
         *,
         cfg_scale: float = 0.0,
         use_cache: bool | None = None,
+        visibility: str | None = None,
     ):
-        self.model, self.cfg_scale = model, cfg_scale
+        self.model, self.cfg_scale, self.visibility = model, cfg_scale, visibility or model.config.visibility
         with torch.no_grad():
             stream, documents, positions = _streams(model, prompts, length, mask_id if cfg_scale else None)
             canvas = torch.arange(documents.shape[1], device=documents.device) >= stream.shape[1]
-            visibility = layout(model.config.visibility, documents=documents, canvas=canvas.expand_as(documents))
-            cache = self._cache(stream, positions, visibility, use_cache)
-        self._all = self._now = _Prompts(stream, positions, visibility, cache)
+            rule = layout(self.visibility, documents=documents, canvas=canvas.expand_as(documents))
+            cache = self._cache(stream, positions, rule, use_cache)
+        self._all = self._now = _Prompts(stream, positions, rule, cache)
         self._requests: Tensor | None = None
 
     @torch.no_grad()
@@ -153,7 +166,7 @@ class Predictor:
         if bool(visibility.dense()[:, :, :given, given:].any()):
             if use_cache:
                 raise ValueError(
-                    f"use_cache=True: with visibility={self.model.config.visibility!r} the prompt sees the canvas, so "
+                    f"use_cache=True: with visibility={self.visibility!r} the prompt sees the canvas, so "
                     "what is cached would change; leave use_cache out."
                 )
             return None
@@ -168,6 +181,19 @@ class Predictor:
         )
         cache.storing = False
         return cache
+
+
+def _canvas(rows: int, length: int, mask_id: int, device: torch.device, draft: Tensor | None) -> Canvas:
+    if draft is None:
+        return Canvas.blank(rows, length, mask_id, device)
+    if draft.ndim != 2 or draft.shape[0] != rows or draft.shape[1] > length or draft.is_floating_point():
+        raise ValueError(
+            f"draft is {list(draft.shape)} of {draft.dtype}; it must be whole numbers [{rows}, at most {length}], the mask "
+            f"token {mask_id} where nothing is known."
+        )
+    ids = torch.full((rows, length), mask_id, device=device)
+    ids[:, : draft.shape[1]] = draft
+    return Canvas.of(ids, ids != mask_id, mask_id)
 
 
 def likelihoods(

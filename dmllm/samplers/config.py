@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from dmllm.nn.visibility import check_layout
 from dmllm.registry import Table, nearest
 from dmllm.samplers.schedules import CURVES
 
@@ -65,6 +66,9 @@ class DecodeConfig:
     """Tokens that are never produced (LLaDA's logits_eos_inf, with the end of sequence here)."""
     distrust_ids: list[int] = field(default_factory=list)
     """Tokens that are committed last, wherever they are the choice (LLaDA's confidence_eos_eot_inf)."""
+    choose_mask: bool = False
+    """Whether the mask token may be chosen: the place stays open, the call is spent, and what is open when a block's
+    calls are over remains a mask, as in the code of LLaDA, LLaDA-V and LaViDa; False never chooses it."""
     count_mask: bool = False
     """Whether the probability of the mask token, which is never produced, speaks against the others, as it does in the
     authors' softmax; False shares it out."""
@@ -72,10 +76,15 @@ class DecodeConfig:
     """0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens that holds this much probability; 1 is all of them."""
+    visibility: str | None = None
+    """Who sees whom: full (the prompt sees the answer), prefix (it does not, and is computed once), causal; None is what
+    the checkpoint says, the choice of LaViDa's prefix_lm."""
     cfg_scale: float = 0.0
     """Guidance away from the unprompted answer: un + (cfg_scale + 1)(cond - un), twice the work; 0 is none."""
     eos_token_id: int | list[int] | None = None
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
+    fill_behind_eos: bool = True
+    """Whether tokens behind a known end of sequence are still committed; False leaves them open (LLaDA-V)."""
     eos_early_stop: bool = True
     """Stop once a reply is known up to its end; False first completes the block that holds it (SDAR, LLaDA2)."""
     editing_threshold: float | None = None
@@ -125,6 +134,8 @@ class DecodeConfig:
         said = [f"{name}={value}" for name in COUNTS if (value := getattr(self, name)) is not None]
         if len(said) > 1:
             raise ValueError(f"{' and '.join(said)} say the same thing twice; give one of them.")
+        if self.visibility is not None:
+            check_layout(self.visibility)
         self.steps_per_block(self.max_new_tokens)
 
     def block_of(self, length: int) -> int:

@@ -61,6 +61,8 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         canvas, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
     )
     canvas = replace(canvas, opened=torch.where(canvas.calls == 0, asked.sum(1), canvas.opened))
+    if not config.fill_behind_eos:
+        asked = asked & (rows < _first_end(canvas, config)[:, None])
     uniform = _draw(config, draws, length, slots)
     seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
     doubt = REMASKING.load(config.remasking)(seen, uniform[1])
@@ -69,7 +71,13 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         doubt = doubt.masked_fill(last, torch.finfo(doubt.dtype).max)
     sure = None if config.threshold is None else seen.against <= 1 - config.threshold
     chosen = choose(doubt, sure, asked, quota(canvas, config, asked, uniform[1], length))
-    filled = canvas.commit(rows, seen.tokens, chosen)
+    tokens = seen.tokens
+    if config.choose_mask:
+        over = canvas.calls + 1 >= config.steps_per_block(canvas.ids.shape[1])
+        chosen = chosen & (tokens != canvas.mask_id)
+        tokens = tokens.masked_fill(~chosen, canvas.mask_id)
+        chosen = chosen | asked & over[:, None]
+    filled = canvas.commit(rows, tokens, chosen)
     edited = torch.zeros_like(asked)
     if config.editing_threshold is not None:
         inside = rows == canvas.block[:, None] * length - canvas.offset[:, None] + slots  # the others are padding
@@ -106,7 +114,15 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, uniform: Tensor, 
         else:
             some = (open_rows * share).long()
         return torch.where(calls < steps - 1, some, open_rows)
+    if config.choose_mask or not config.fill_behind_eos:  # some places are never filled
+        return canvas.opened // steps + (calls < canvas.opened % steps).long()
     return -(-open_rows // (steps - calls).clamp(min=1))
+
+
+def _first_end(canvas: Canvas, config: DecodeConfig) -> Tensor:
+    """The place of each row's first known end of sequence, [B]; the canvas's length where there is none."""
+    ends = canvas.committed & torch.isin(canvas.ids, torch.tensor(config.stop_ids, device=canvas.ids.device))
+    return torch.where(ends.any(1), ends.long().argmax(1), canvas.ids.shape[1])
 
 
 def _finished(canvas: Canvas, config: DecodeConfig) -> Tensor:

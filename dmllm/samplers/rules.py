@@ -40,7 +40,7 @@ class Estimate:
 
 
 def estimate(logits: Tensor, mask_id: int, config: DecodeConfig, uniform: Tensor | None = None) -> Estimate:
-    """Choose a token for each position; the mask token and `config.suppress_ids` are never one.
+    """Choose a token for each position; the mask token (as a rule) and `config.suppress_ids` are never one.
 
     Args:
         logits: [B, K, V], left as they are.
@@ -48,7 +48,7 @@ def estimate(logits: Tensor, mask_id: int, config: DecodeConfig, uniform: Tensor
     """
     scores = logits.to(torch.float32, copy=True)
     mask = scores[..., mask_id].clone()
-    scores[..., [mask_id, *config.suppress_ids]] = -torch.inf
+    scores[..., [*([] if config.choose_mask else [mask_id]), *config.suppress_ids]] = -torch.inf
     highest, top = scores.max(-1)
     tokens = top
     if config.draws_tokens:

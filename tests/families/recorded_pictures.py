@@ -1,4 +1,4 @@
-"""Checkpoints with pictures, recorded from the authors' code: what came out of every stage between pixels and logits."""
+"""Checkpoints with pictures, recorded from the authors' code: what came out at every stage from pixels to logits."""
 
 from __future__ import annotations
 

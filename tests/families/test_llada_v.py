@@ -8,18 +8,42 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.families.recorded_pictures import Recorded, assert_written_back, digests, threads  # noqa: F401
 
 from dmllm.checkpoints import folder
 from dmllm.families.llada_v import LLADA_V
 from dmllm.families.llava import SO400M, pinpoints
 from dmllm.models.configuration import DmllmConfig
 from dmllm.pipeline import load
+from dmllm.samplers.canvas import reply_length
+from tests.families.recorded_pictures import Recorded, assert_written_back, digests, threads  # noqa: F401
 
 RECORDED = Recorded("llada_v", threads=2)
 CASES = RECORDED.cases
 MERGED = CASES["merge_cases"]
+GREEDY = [name for name, case in CASES["generate"].items() if not {"temperature", "remasking"} & case["params"].keys()]
 pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.parametrize("threads", [RECORDED.threads], indirect=True)]
+
+
+def options_stop(case: dict) -> tuple[int, ...]:
+    return tuple(case["tokens_of"]["STOP"]) if "stopping_criteria" in case["params"] else ()
+
+
+def options(case: dict) -> dict:
+    """generate's arguments under our names; an ending that is given is the canvas's last block."""
+    params, special = case["params"], CASES["special_ids"]
+    suffix = case["tokens_of"]["SUF"] if "generation_suffix" in params else []
+    mask = [special["mask"]] * params["gen_length"]
+    return {
+        "max_new_tokens": params["gen_length"] + len(suffix),
+        "block_length": params["block_length"],
+        "block_steps": params["steps"] * params["block_length"] // params["gen_length"],
+        "cfg_scale": params.get("cfg_scale", 0.0),
+        "suppress_ids": [special[name] for name in ("eos", "bos", "start_header", "end_header")],
+        "choose_mask": bool(suffix),
+        "draft": [mask + suffix] if suffix else None,
+        "eos_token_id": list(options_stop(case)),
+        "fill_behind_eos": False,
+    }
 
 
 @pytest.mark.parametrize("name", CASES["pixel_cases"])
@@ -64,6 +88,18 @@ def test_logits_of_ids_stand_at_their_columns_alone_and_in_a_batch() -> None:
     assert (batched[1, : len(text["input_ids"])] - pipe.logits([text["input_ids"]])[0]).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_decoding_takes_the_authors_tokens(name) -> None:
+    case = CASES["generate"][name]
+    asked = MERGED[case["merge_case"]]
+    pipe = RECORDED.pipe_of(asked)
+    out = pipe.generate([asked["input_ids"]], images=RECORDED.images(asked) or None, **options(case))
+    length, _ = reply_length(out.trajectory[-1].ids, out.trajectory[-1].committed, options_stop(case))
+    assert out.sequences[0, len(asked["input_ids"]) :].tolist()[: int(length)] == case["output"]
+    assert int(out.num_forwards) <= case["params"]["steps"]
+    assert int(out.num_forwards) == case["params"]["steps"] or options_stop(case)
+
+
 def test_a_map_of_more_rows_than_anyres_max_is_resized_and_one_below_is_not() -> None:
     one_tile = [
         RECORDED.stream(RECORDED.pipe(image_aspect_ratio=name), MERGED["anyres_a"])[0].shape[1]
@@ -89,7 +125,7 @@ def test_a_published_tower_needs_no_file_and_an_unknown_one_is_refused() -> None
     published = {**RECORDED.config, "mm_hidden_size": 1152}
     ours = DmllmConfig(**LLADA_V.config(published))
     assert ours.vision["options"] == {**SO400M, "attn_implementation": "eager"}
-    with pytest.raises(ValueError, match="mm_vision_tower='google/other'.*vision_config.json"):
+    with pytest.raises(ValueError, match=r"mm_vision_tower='google/other'.*vision_config\.json"):
         LLADA_V.config({**published, "mm_vision_tower": "google/other"})
     with pytest.raises(ValueError, match="mm_hidden_size=16, but the tower is 1152 wide"):
         LLADA_V.config(RECORDED.config)
@@ -111,7 +147,7 @@ def test_what_our_parts_do_not_compute_is_refused_by_field(field, value, message
 
 
 def test_a_weight_too_few_and_one_too_many_are_named(tmp_path) -> None:
-    for name in ("config.json", "vision_config.json"):
+    for name in ("config.json", r"vision_config\.json"):
         (tmp_path / name).write_text((RECORDED.folder / name).read_text())
     tower = "model.vision_tower.vision_tower.vision_model."
     weights = {name: tensor for name, tensor in RECORDED.weights.items() if name != "model.image_newline"}
@@ -135,5 +171,6 @@ def test_the_tokens_that_are_never_produced_are_the_authors_or_those_of_config_j
 def test_tiling_survives_our_own_format(tmp_path) -> None:
     pipe = RECORDED.pipe()
     saved = load(str(folder.save(tmp_path / "ours", pipe.model)), device="cpu")
-    assert saved.tiling == pipe.tiling and replace(saved.tiling, max_tiles=None) != pipe.tiling
+    assert saved.tiling == pipe.tiling
+    assert replace(saved.tiling, max_tiles=None) != pipe.tiling
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["unused"]
