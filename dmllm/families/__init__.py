@@ -26,6 +26,7 @@ FAMILIES = Table(
         "dimple": "dmllm.families.dimple:DIMPLE",
         "dream_vl": "dmllm.families.dream_vl:DREAM_VL",
         "sdar": "dmllm.families.sdar:SDAR",
+        "sdar_vl": "dmllm.families.sdar_vl:SDAR_VL",
         "diffullama": "dmllm.families.diffullama:DIFFULLAMA",
         "fast_dllm_v2": "dmllm.families.fast_dllm_v2:FAST_DLLM_V2",
         "mdlm": "dmllm.families.mdlm:MDLM",
