@@ -450,3 +450,19 @@ def test_the_visibility_of_logits_can_be_chosen(pipeline: Pipeline) -> None:
     torch.testing.assert_close(causal[:, :1], pipeline.logits(ids[:, :1], visibility="full"), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="or block:N such as block:4"):
         pipeline.logits(ids, visibility="blocks")
+
+
+def test_the_likelihood_of_an_answer_sees_the_picture_and_a_cache_does_not_change_it(pipeline: Pipeline) -> None:
+    image = pipeline.special.image
+    ids, answers = [[3, image, 4], [3, 4, 5]], [[5, 6, 7, 8], [9, 10]]
+    found = pipeline.score(ids, answers, images=[[picture(0)], None], num_samples=8, generator=0)
+    assert found.shape == (2,)
+    assert (found < 0).all()
+    other = pipeline.score(ids, answers, images=[[picture(1)], None], num_samples=8, generator=0)
+    assert other[0] != found[0]
+    assert other[1] == found[1]
+    plain = pipeline.score(ids, answers, images=[[picture(0)], None], num_samples=8, generator=0, use_cache=False)
+    torch.testing.assert_close(plain, found, atol=1e-4, rtol=0)
+    for wrong in ({"answer_ids": [[5]]}, {"hidden": [[True]]}):
+        with pytest.raises(ValueError, match=r"answer_ids: 1 for 2|hidden is \(1, 1\) for 2 answers"):
+            pipeline.score(**{"input_ids": [[3, 4], [5, 6]], "answer_ids": answers, **wrong})
