@@ -71,7 +71,7 @@ DIMPLE = Family(
         "top_p": 0.95,
         "count_mask": True,
     },
-    verified="pixels, features, positions, logits, against transformers' Qwen2.5-VL: tests/families/test_dimple.py",
+    verified="pixels, positions, logits, Dream's and confident decoding, forwards: tests/families/test_dimple.py",
     quirks=(
         (
             "use_cache=True keeps the prompt's keys and values of the first call, when the answer was all masks",

@@ -1,6 +1,8 @@
-"""Pictures at native resolution: pixels, features, positions and logits are those of transformers' Qwen2-VL and 2.5-VL."""
+"""Pictures at native resolution: pixels, features, positions, logits are those of transformers' Qwen2-VL and 2.5-VL."""
 
 from __future__ import annotations
+
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -119,7 +121,17 @@ def test_sizes_are_those_of_transformers():
     module = Qwen2VLImageProcessorPil.__module__
     smart_resize = __import__(module, fromlist=["smart_resize"]).smart_resize
     tiling = TilingConfig(mode="native", tile_size=(28, 28), grid=(1, 1), min_pixels=3136, max_pixels=1_000_000)
-    for width, height in ((1, 1), (10, 300), (300, 10), (28, 42), (70, 14), (640, 480), (3000, 2000), (199, 1), (5, 900)):
+    for width, height in (
+        (1, 1),
+        (10, 300),
+        (300, 10),
+        (28, 42),
+        (70, 14),
+        (640, 480),
+        (3000, 2000),
+        (199, 1),
+        (5, 900),
+    ):
         expected = smart_resize(height, width, 28, 3136, 1_000_000)
         assert native_size(width, height, tiling) == expected, (width, height)
     with pytest.raises(ValueError, match="more than 200 times"):
@@ -132,7 +144,7 @@ def test_positions_of_text_and_pictures_are_those_of_transformers():
     kinds = [[0] * s if isinstance(s, int) else [1] * int(np.prod(s)) for s in segments]
     # without text between them two pictures are one run to transformers, so the last is given apart
     joined = segments[:4] + segments[5:]
-    types = torch.tensor([sum(kinds[:4] + kinds[5:], [])])
+    types = torch.tensor([[*chain(*kinds[:4], *kinds[5:])]])
     grids = torch.tensor([[1, 4, 6], [1, 8, 2]])
     expected, _ = model.get_rope_index(torch.zeros_like(types), types, grids)
     assert axis_positions(joined).tolist() == expected[:, 0].tolist()
