@@ -12,7 +12,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from dmllm.data.collate import collate
 from dmllm.data.images import cut_tiles
+from dmllm.data.packing import Chunk, Document, lay_out
 from dmllm.families import dream, qwen_vl
 from dmllm.families.family import Rename, to_ours
 from dmllm.models.configuration import DmllmConfig
@@ -190,6 +192,65 @@ def test_logits_are_those_of_transformers(kind):
     together = pipeline.logits(padded, mask, images=[pictures for _, pictures in requests])
     for row, expected in zip(together, found, strict=True):
         assert torch.allclose(row[-len(expected) :], expected, atol=1e-4)
+
+
+def prefixed(visibility: str, shift: bool) -> Pipeline:
+    pipeline = converted(transformers_model("qwen2_5_vl"), "qwen2_5_vl")
+    pipeline.model.config.visibility, pipeline.model.config.shift = visibility, shift
+    return pipeline
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_questions_packed_behind_one_picture_score_as_each_alone(shift):
+    model = prefixed("prefix", shift).model
+    tiling = model.tiling
+    image = picture(24, 16)
+    cut = plan(image.width, image.height, tiling)
+    tiles = cut_tiles(image, cut, tiling)
+    shown = [
+        Chunk(np.array([START])),
+        Chunk(np.full(cut.num_tiles, IMAGE), np.array(cut.slots), grid=cut.grid),
+        Chunk(np.array([END])),
+    ]
+    questions = [[Chunk(np.array(ids)), Chunk(np.array(answer), None, True)] for ids, answer in ((
+        [3, 4, 5], [6, 7]), ([8, 9], [10, 11, 12]))]  # fmt: skip
+
+    def run(documents: list[Document]) -> list[torch.Tensor]:
+        example = lay_out([[*shown, *own] for own in documents], 3, tiles, 0)
+        batch = collate([example], model.config.special, rows_per_tile=1)
+        canvas = batch.labels != -100
+        logits = model(
+            batch.input_ids,
+            pixel_values=batch.pixel_values,
+            image_grids=batch.image_grids,
+            image_slots=batch.image_slots,
+            positions=batch.positions,
+            documents=batch.documents,
+            canvas=canvas,
+        ).logits[0]
+        return [logits[(batch.documents[0] == number) & canvas[0]] for number in range(len(documents))]
+
+    with torch.no_grad():
+        together = run(questions)
+        for packed, own in zip(together, questions, strict=True):
+            assert torch.allclose(packed, run([own])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 0.5}])
+@pytest.mark.parametrize("visibility", ["prefix", "full"])
+def test_decoding_is_the_same_cached_or_not_and_batched_or_not(visibility, options):
+    pipeline = prefixed(visibility, True)
+    rows = [[1, START, IMAGE, END, 6, 7], [START, IMAGE, END, 8, START, IMAGE, END, 9], [4, 5]]
+    pictures = [[picture(24, 16)], [picture(8, 40), picture(24, 16)], []]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    options = {"max_new_tokens": 6, "steps": 3, "eos_token_id": [], **options}
+    together = pipeline.generate(ids, mask, pictures, **options).sequences[:, -6:]
+    assert torch.equal(pipeline.generate(ids, mask, pictures, use_cache=False, **options).sequences[:, -6:], together)
+    for row, own, found in zip(rows, pictures, together, strict=True):
+        alone = pipeline.generate(torch.tensor([row]), images=own or None, **options)
+        assert torch.equal(alone.sequences[0, -6:], found)
 
 
 def test_what_does_not_fit_is_refused():
