@@ -150,7 +150,9 @@ def to_ours(keys: tuple[Key, ...], name: str, tensor: Tensor, ours: Fields) -> I
         elif isinstance(key, Split):
             rows = key.rows(ours)
             if sum(rows) != tensor.shape[0]:
-                raise ValueError(f"{name} has {tensor.shape[0]} rows; the configuration says {'+'.join(map(str, rows))}.")
+                raise ValueError(
+                    f"{name} has {tensor.shape[0]} rows; the configuration says {'+'.join(map(str, rows))}."
+                )
             for part, values in zip(key.ours, tensor.split(rows), strict=True):
                 yield _fill(part, numbers), None, values
         else:
