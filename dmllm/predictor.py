@@ -25,6 +25,7 @@ from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.denoise import Predict
 from dmllm.samplers.likelihood import draw_views, likelihood
+from dmllm.samplers.rules import estimate
 from dmllm.types import PADDING, TEXT, Batch
 
 
@@ -47,13 +48,19 @@ def prepare(
     length, scale = config.max_new_tokens, config.cfg_scale
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
+    config = replace(config, store_calls=config.store_calls and trained is not None and use_cache is not False)
     if trained is None:
         predict = Predictor(model, prompts, length, mask_id, cfg_scale=scale, use_cache=use_cache, visibility=kind)
-        return predict, _canvas(len(prompts), length, mask_id, model.device, draft), config
+        canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
+        if config.prompt_first and kind != "full" and model.config.shift:
+            first = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
+            # Its row is the prompt's last, so this says what computing the prompt has said already: it is no call.
+            greedy = replace(config, temperature=0.0, top_p=1.0)
+            canvas = canvas.commit(first, estimate(predict(canvas, first), mask_id, greedy).tokens, first == 0)
+        return predict, canvas, config
     if draft is not None:
         raise ValueError(f"draft= is not for visibility={kind!r}: such a model fills its blocks from left to right.")
     config = config.in_whole_blocks(trained)
-    config = replace(config, store_calls=config.store_calls and use_cache is not False)
     assert config.block_length is not None
     lengths = (prompts.documents != PADDING).sum(1).to(model.device)
     canvas = whole_blocks(lengths, length, config.block_length, mask_id)
@@ -188,8 +195,8 @@ def _canvas(rows: int, length: int, mask_id: int, device: torch.device, draft: T
         return Canvas.blank(rows, length, mask_id, device)
     if draft.ndim != 2 or draft.shape[0] != rows or draft.shape[1] > length or draft.is_floating_point():
         raise ValueError(
-            f"draft is {list(draft.shape)} of {draft.dtype}; it must be whole numbers [{rows}, at most {length}], the mask "
-            f"token {mask_id} where nothing is known."
+            f"draft is {list(draft.shape)} of {draft.dtype}; it must be whole numbers [{rows}, at most {length}], "
+            f"the mask token {mask_id} where nothing is known."
         )
     ids = torch.full((rows, length), mask_id, device=device)
     ids[:, : draft.shape[1]] = draft

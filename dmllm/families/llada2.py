@@ -4,6 +4,10 @@ The hub stores one weight for each expert, dFactory's training format one stack 
 read, and written back as it was. config.json names neither the mask nor the block: the mask is the third token after
 <|endoftext|>, and `generate` decodes blocks of 32, counted from the first token of the prompt.
 
+Of generate's arguments, gen_length is `max_new_tokens` and steps is `block_steps` (at most gen_length // minimal_topk);
+2.1's threshold, editing_threshold, max_post_steps and num_to_transfer have their names. It computes what stands before
+a block anew in every call; here it is stored, which changes neither tokens nor the number of calls.
+
 Source: arXiv:2512.15745; code inclusionAI/LLaDA2.0-mini on the hub (modeling_llada2_moe.py) and inclusionAI/dFactory.
 """
 
@@ -143,7 +147,8 @@ LLADA2 = Family(
         "count_mask": True,
         "eos_early_stop": False,
     },
-    verified="logits with block and with full visibility: tests/families/test_llada2.py",
+    verified="logits with block and with full visibility: tests/families/test_llada2.py; generations, forwards, and "
+    "2.1's editing: tests/families/test_llada2_decode.py",
     quirks=(
         (
             "norm_topk_prob, rotary_dim and moe_router_enable_expert_bias of config.json are never read",

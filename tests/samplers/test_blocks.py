@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dmllm.samplers.denoise as loop
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.pipeline import Pipeline
@@ -159,3 +160,17 @@ def test_without_a_prompt_blocks_begin_with_the_answer(pipe: Pipeline) -> None:
     out = pipe.generate(torch.zeros(1, 0, dtype=torch.int64), store_calls=True)
     assert out.sequences.shape == (1, 11)
     assert int(out.num_forwards) == 12 + 3
+
+
+@pytest.mark.parametrize("options", SETTINGS[:5], ids=str)
+def test_asking_for_whole_blocks_as_on_a_gpu_gives_the_same_tokens(pipe: Pipeline, options: dict, monkeypatch) -> None:
+    compact, open_rows = pipe.generate(*prompts(), generator=seeds(), **options), loop._open_rows
+    monkeypatch.setattr(loop, "_open_rows", lambda canvas, length, *, compact: open_rows(canvas, length, compact=False))
+    static = pipe.generate(*prompts(), generator=seeds(), **options)
+    assert torch.equal(compact.sequences, static.sequences)
+
+
+def test_calls_that_store_are_made_only_where_something_is_stored() -> None:
+    whole = make(visibility="full")
+    assert int(whole.generate([[1] * 9], store_calls=True).num_forwards) == 11
+    assert int(make().generate([[1] * 9], store_calls=True, use_cache=False).num_forwards) == 11
