@@ -19,7 +19,7 @@ def patches(rows: int = 4, cols: int = 6) -> Tensor:
     return torch.randn(2, rows * cols, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", list(PROJECTORS))
+@pytest.mark.parametrize("name", [name for name in PROJECTORS if name != "identity"])
 def test_each_projector_fills_the_grid_it_states_and_learns_with_every_parameter(name):
     projector = build(name)
     rows = projector(patches())
@@ -28,11 +28,21 @@ def test_each_projector_fills_the_grid_it_states_and_learns_with_every_parameter
     assert all(p.grad is not None for p in projector.parameters())
 
 
-def test_mlp2x_gelu_is_linear_gelu_linear_under_llavas_keys():
-    projector, x = build("mlp2x_gelu"), patches()
+def test_identity_leaves_features_that_fit_the_stream_as_they_are():
+    x = patches()
+    same = build_projector(ProjectorConfig(name="identity"), in_features=8, out_features=8, grid=(4, 6))
+    assert same(x) is x
+    assert same.grid == (4, 6)
+    with pytest.raises(ValueError, match="features of width 8 for a stream of 16"):
+        build("identity")
+
+
+@pytest.mark.parametrize(("name", "activation"), [("mlp2x_gelu", F.gelu), ("mlp2x_silu", F.silu)])
+def test_mlp2x_is_linear_activation_linear_under_llavas_keys(name, activation):
+    projector, x = build(name), patches()
     weights = projector.state_dict()
     assert list(weights) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    hidden = F.gelu(x @ weights["0.weight"].T + weights["0.bias"])
+    hidden = activation(x @ weights["0.weight"].T + weights["0.bias"])
     torch.testing.assert_close(projector(x), hidden @ weights["2.weight"].T + weights["2.bias"])
 
 
@@ -76,7 +86,7 @@ def test_resampler_knows_where_a_patch_lies():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mlp2x", {}, "did you mean mlp2x_gelu"),
+        ("mlp2x", {}, "did you mean mlp2x_"),
         ("pool", {"mode": "median"}, "max, average, bilinear"),
         ("pool", {"size": 2}, "size"),
         ("pool", {"then": "conv"}, "linear, mlp2x_gelu"),
