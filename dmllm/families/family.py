@@ -83,7 +83,7 @@ class Family:
     computed: Callable[[Fields], dict[str, Tensor]] | None = None
     """Published config.json -> tensors that follow from it: a checkpoint's must be these, and they are written back."""
     beside: tuple[str, ...] = ()
-    """JSON files that may stand beside config.json; each is read as a field of it, of the file's name without ".json"."""
+    """JSON files that may stand beside config.json; each is read as a field of it, named without ".json"."""
     chat_template: str | None = None
     """jinja; None is that of the folder's tokenizer."""
     tokenizer: str | None = None

@@ -1,7 +1,7 @@
 """SDAR-VL 4B and 8B: SDAR behind a SigLIP tower, in the frame of transformers' LLaVA-OneVision.
 
-The whole tower is read, without the norm behind its last layer; pictures are cut as LLaVA-OneVision cuts them, their map
-made smaller beyond nine tiles; blocks run over the whole sequence, pictures included.
+The whole tower is read, without the norm behind its last layer; pictures are cut as LLaVA-OneVision cuts them, their
+map made smaller beyond nine tiles; blocks run over the whole sequence, pictures included.
 
 Source: Cheng et al., arXiv:2512.14068; code JetAstra/SDAR-VL (inference/sdar_v_4b, sdar_v_8b, generate.py).
 """

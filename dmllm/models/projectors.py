@@ -124,7 +124,8 @@ class Pool(nn.Module):
         if whole and (mode == "bilinear" or min(grid) < factor):
             raise ValueError(f"pool whole=True: mode={mode!r} must have a whole window of {factor} patches a side.")
         self.patches, self.factor, self.mode, self.projected, self.whole = grid, factor, mode, projected, whole
-        self.grid = tuple(side // factor if whole else -(-side // factor) for side in grid)
+        rows, cols = grid
+        self.grid = (rows // factor, cols // factor) if whole else (-(-rows // factor), -(-cols // factor))
         self.project = _projection(then, in_features, out_features, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -77,12 +77,15 @@ class DecodeConfig:
     top_p: float = 1.0
     """Draw from the smallest set of tokens that holds this much probability; 1 is all of them."""
     visibility: str | None = None
-    """Who sees whom: full (the prompt sees the answer), prefix (it does not, and is computed once), causal; None is what
-    the checkpoint says, the choice of LaViDa's prefix_lm."""
+    """Who sees whom: full (the prompt sees the answer), prefix (it does not, and is computed once), causal; None is
+    what the checkpoint says, the choice of LaViDa's prefix_lm."""
     cfg_scale: float = 0.0
     """Guidance away from the unprompted answer: un + (cfg_scale + 1)(cond - un), twice the work; 0 is none."""
     eos_token_id: int | list[int] | None = None
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
+    prompt_first: bool = False
+    """Whether the first token is the one that the prompt alone predicts, known before the first call: for models of
+    which a row predicts the next token, where the prompt does not see the answer (LaViDa-Dream)."""
     fill_behind_eos: bool = True
     """Whether tokens behind a known end of sequence are still committed; False leaves them open (LLaDA-V)."""
     eos_early_stop: bool = True

@@ -69,7 +69,7 @@ def tiles_of(pipe, image):
 @pytest.mark.parametrize("size", SIZES)
 def test_rows_of_a_picture_are_those_that_llava_onevision_packs(theirs, pipe, size):
     image = picture(size)
-    scheme, pixels = tiles_of(pipe, image)
+    _, pixels = tiles_of(pipe, image)
     found = theirs.model.get_image_features(
         pixels[None],
         torch.tensor([[image.height, image.width]]),
