@@ -90,7 +90,7 @@ DREAM = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     tokenizer="Qwen2Tokenizer",
-    decode={"max_new_tokens": 128, "steps": 128, "schedule": "time", "remasking": "entropy", "count_mask": True},
+    decode={"max_new_tokens": 128, "schedule": "time", "remasking": "entropy", "count_mask": True},
     verified="logits, generations, forwards: tests/families/test_dream.py",
     quirks=(
         (

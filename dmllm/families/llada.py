@@ -113,7 +113,7 @@ LLADA = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     chat_template=CHAT_TEMPLATE,
-    decode={"max_new_tokens": 128, "steps": 128, "block_length": 32, "count_mask": True},
+    decode={"max_new_tokens": 128, "block_length": 32, "count_mask": True},
     verified="logits, generations, forwards, guidance, likelihood: tests/families/test_llada.py",
     quirks=(
         (

@@ -104,7 +104,7 @@ LLADA_MOE = Family(
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
-    decode={"max_new_tokens": 128, "steps": 128, "block_length": 32, "count_mask": True},
+    decode={"max_new_tokens": 128, "block_length": 32, "count_mask": True},
     verified="logits, generations, forwards: tests/families/test_llada_moe.py",
     quirks=(
         (

@@ -163,3 +163,9 @@ def test_a_missing_weight_is_named(tmp_path) -> None:
     weights = {k: v for k, v in RECORDED.weights.items() if k != "model.transformer.blocks.1.ff_proj.weight"}
     with pytest.raises(ValueError, match=r"model\.transformer\.blocks\.1\.ff_proj\.weight"):
         RECORDED.changed(tmp_path, weights)
+
+
+def test_an_answer_of_any_length_takes_a_call_for_each_token_unless_said_otherwise(pipe) -> None:
+    ids, _ = given(CASES["s16_b16"])
+    for length in (7, 40, 100):
+        assert int(pipe.generate(ids, max_new_tokens=length, eos_token_id=[]).num_forwards) == length
