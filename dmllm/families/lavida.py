@@ -25,7 +25,7 @@ CHATML = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-DECODE = {"max_new_tokens": 64, "block_length": 64, "schedule": "shift"}
+DECODE = {"max_new_tokens": 64, "block_length": 64, "block_steps": 32, "schedule": "shift", "count_mask": True}
 
 
 def of_llada(config: Fields) -> dict[str, Any]:
@@ -91,7 +91,13 @@ LAVIDA_DREAM = Family(
     config=of_dream,
     keys=(*dream.KEYS, *llava.TOWER_KEYS, *POOLED),
     chat_template=llava.template(CHATML),
-    decode=DECODE | {"remasking": "margin"},
+    decode={
+        "max_new_tokens": 64,
+        "schedule": "time",
+        "remasking": "margin",
+        "count_mask": True,
+        "prompt_first": True,
+    },
     verified="nothing recorded; its parts are those of lavida and dream",
     example={
         **dream.EXAMPLE,

@@ -1,4 +1,4 @@
-"""LaViDa against the authors' code: tiles, pooled features, streams, logits with and without the cached prompt, texts."""
+"""LaViDa against the authors' code: tiles, pooled features, streams, logits with and without a cached prompt, texts."""
 
 from __future__ import annotations
 
@@ -128,5 +128,11 @@ def test_the_prompt_of_dream_predicts_the_first_token_with_and_without_its_cache
     ids = torch.tensor([[5, 6, 7]])
     alone = pipe.logits(torch.cat([ids, torch.tensor([[302]])], 1), canvas=torch.tensor([[False] * 3 + [True]]))[0, 3]
     many = pipe.logits(torch.cat([ids, torch.full((1, 4), 302)], 1), canvas=torch.arange(7)[None] >= 3)[0, 3]
+    asked = {"max_new_tokens": 8, "eos_token_id": [], "suppress_ids": [302]}
+    for use_cache in (None, False):  # it is known before the first call, which commits another one
+        out = pipe.generate(ids, use_cache=use_cache, **asked)
+        assert int(out.trajectory[0].ids[0, 0]) == int(many.scatter(0, torch.tensor(302), -torch.inf).argmax())
+        assert int(out.num_forwards) == 8
+    assert not bool(pipe.generate(ids, prompt_first=False, **asked).trajectory[0].committed.any())
     assert torch.allclose(alone, many, atol=1e-5)  # no row of the canvas has a part in it
     assert not torch.allclose(alone, pipe.logits(torch.tensor([[5, 6, 8, 302]]))[0, 3], atol=1e-3)

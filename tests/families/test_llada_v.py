@@ -8,18 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from dmllm.checkpoints import folder
+from dmllm.checkpoints.example import write_example
+from dmllm.checkpoints.tokenizer import train_tokenizer
 from dmllm.families.llada_v import LLADA_V
-from dmllm.families.llava import SO400M, pinpoints
+from dmllm.families.llava import SO400M, SYSTEM, pinpoints
 from dmllm.models.configuration import DmllmConfig
 from dmllm.pipeline import load
 from dmllm.samplers.canvas import reply_length
+from dmllm.tiling import plan
+from dmllm.types import TEXT
 from tests.families.recorded_pictures import Recorded, assert_written_back, digests, threads  # noqa: F401
 
 RECORDED = Recorded("llada_v", threads=2)
 CASES = RECORDED.cases
 MERGED = CASES["merge_cases"]
+LLADA_TOKENS = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 GREEDY = [name for name, case in CASES["generate"].items() if not {"temperature", "remasking"} & case["params"].keys()]
 pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.parametrize("threads", [RECORDED.threads], indirect=True)]
 
@@ -147,7 +153,7 @@ def test_what_our_parts_do_not_compute_is_refused_by_field(field, value, message
 
 
 def test_a_weight_too_few_and_one_too_many_are_named(tmp_path) -> None:
-    for name in ("config.json", r"vision_config\.json"):
+    for name in ("config.json", "vision_config.json"):
         (tmp_path / name).write_text((RECORDED.folder / name).read_text())
     tower = "model.vision_tower.vision_tower.vision_model."
     weights = {name: tensor for name, tensor in RECORDED.weights.items() if name != "model.image_newline"}
@@ -166,6 +172,51 @@ def test_the_tokens_that_are_never_produced_are_the_authors_or_those_of_config_j
     assert LLADA_V.decode_defaults({**RECORDED.config, "vocab_size": 126464})["suppress_ids"] == [
         *(126080, 126081, 126346, 126347)
     ]
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    """A random model with a byte-pair tokenizer that has LLaDA's special tokens, but none for pictures."""
+    path = tmp_path_factory.mktemp("llada_v") / "model"
+    write_example("llada_v", path)
+    text = path.parent / "text.txt"
+    text.write_text("What is on the picture? A red circle and a blue square.\n" * 4)
+    learned = AutoTokenizer.from_pretrained(train_tokenizer([text], vocab_size=300, out=path.parent / "tokenizer"))
+    learned.add_special_tokens({"extra_special_tokens": LLADA_TOKENS})
+    learned.save_pretrained(path)
+    special = {"mask_token_id": learned.mask_token_id, "eos_token_id": learned.eos_token_id}
+    return load(str(path), device="cpu", config={**special, "bos_token_id": None})
+
+
+def test_a_conversation_becomes_the_authors_prompt_with_the_picture_in_its_place(chatting) -> None:
+    processor, image = chatting.processor, str(RECORDED.folder / "image_d.png")
+    ids = processor.tokenizer.convert_tokens_to_ids
+    prompt = processor.prompt("What is on the picture?", [image])
+    rows = prompt.input_ids == -200
+    assert int(rows.sum()) == len(plan(500, 380, chatting.tiling).slots)
+    assert torch.equal(rows, prompt.image_slots != TEXT)
+    before, behind = prompt.input_ids[: int(rows.long().argmax())], prompt.input_ids[int(rows.nonzero().max()) + 1 :]
+    text = processor.tokenizer.decode(before) + "<image>" + processor.tokenizer.decode(behind)
+    assert text == (
+        f"<|startoftext|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is on the picture?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert before[0] == ids("<|startoftext|>")
+    assert set(processor.stop_ids) == {ids("<|eot_id|>"), processor.special.eos}
+    own = processor.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+                                        tokenize=False)  # fmt: skip
+    assert SYSTEM not in own
+    assert "Be brief." in own
+
+
+def test_it_chats_about_one_picture_and_about_several_each_padded(chatting) -> None:
+    image = str(RECORDED.folder / "image_d.png")
+    replies = chatting.chat(["What?", "Both?"], [image, [image, image]], max_new_tokens=8, block_length=8)
+    assert [len(reply.ids) <= 8 for reply in replies] == [True, True]
+    alone = chatting.chat("Both?", [image, image], max_new_tokens=8, block_length=8)
+    assert alone.ids == replies[1].ids
+    assert int((chatting.processor.prompt("Both?", [image, image]).image_slots >= 0).sum()) == 2 * 16
 
 
 def test_tiling_survives_our_own_format(tmp_path) -> None:
