@@ -179,7 +179,7 @@ class Pipeline:
             if put_draft is not None:
                 put_draft(step.ids.cpu())
         last = trajectory[-1]
-        length, stopped = reply_length(last.ids, last.committed, config.stop_ids)
+        length, stopped = reply_length(last.ids, last.committed, config.stops)
         kept = torch.arange(last.ids.shape[1], device=last.ids.device) < (length + stopped)[:, None]
         answers = last.ids.masked_fill(~kept, self.special.pad)
         if streamer is not None:
@@ -380,7 +380,7 @@ class Pipeline:
         return self.processor
 
     def _replies(self, step: Step, config: DecodeConfig) -> list[Reply]:
-        length, stopped = reply_length(step.ids, step.committed, config.stop_ids)
+        length, stopped = reply_length(step.ids, step.committed, config.stops)
         rows = zip(step.ids.tolist(), length.tolist(), stopped.tolist(), step.num_forwards.tolist(), strict=True)
         decode = self._processor().decode
         return [

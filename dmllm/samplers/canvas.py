@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "opened", "calls", "post", "forwards")
 
@@ -77,12 +78,29 @@ class Canvas:
         return replace(self, ids=torch.where(fresh, found, self.ids), committed=self.committed | fresh)
 
 
-def reply_length(ids: Tensor, committed: Tensor, stop_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+Stops = tuple[int | tuple[int, ...], ...]
+"""What ends a reply: tokens, and runs of tokens."""
+
+
+def reply_length(ids: Tensor, committed: Tensor, stops: Stops) -> tuple[Tensor, Tensor]:
     """How long each answer is, [B] int64, and whether a stop token ended it, [B] bool.
 
-    An answer is what is known in order, up to the first of `stop_ids`, which is not part of it.
+    An answer is what is known in order, up to the first of `stops`, which is not part of it.
     """
-    ends = committed & torch.isin(ids, torch.tensor(stop_ids, dtype=ids.dtype, device=ids.device))
+    ends = ends_at(ids, committed, stops)
     length = (committed & ~ends).cumprod(1).sum(1)
     ended = ends.gather(1, length.clamp(max=ids.shape[1] - 1)[:, None]).squeeze(1)
     return length, ended & (length < ids.shape[1])
+
+
+def ends_at(ids: Tensor, committed: Tensor, stops: Stops) -> Tensor:
+    """[B, N] bool: where one of `stops` begins, all of it known."""
+    single = torch.tensor([stop for stop in stops if isinstance(stop, int)], dtype=ids.dtype, device=ids.device)
+    ends = committed & torch.isin(ids, single)
+    for run in stops:
+        if isinstance(run, int) or len(run) > ids.shape[1]:
+            continue
+        windows = ids.unfold(1, len(run), 1) == torch.tensor(run, device=ids.device)  # [B, N - n + 1, n]
+        found = (windows & committed.unfold(1, len(run), 1)).all(-1)
+        ends = ends | F.pad(found, (0, len(run) - 1))
+    return ends

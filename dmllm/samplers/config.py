@@ -83,6 +83,8 @@ class DecodeConfig:
     """Guidance away from the unprompted answer: un + (cfg_scale + 1)(cond - un), twice the work; 0 is none."""
     eos_token_id: int | list[int] | None = None
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
+    stop_sequences: list[list[int]] = field(default_factory=list)
+    """Runs of tokens that end a reply too, e.g. the ids of a word (LLaDA-V's stopping_criteria)."""
     prompt_first: bool = False
     """Whether the first token is the one that the prompt alone predicts, known before the first call: for models of
     which a row predicts the next token, where the prompt does not see the answer (LaViDa-Dream)."""
@@ -109,6 +111,8 @@ class DecodeConfig:
                 raise ValueError(f"{name}={value!r} must be a number{' or None' if optional else ''}.")
         if any(type(i) is not int for i in self.stop_ids):
             raise ValueError(f"eos_token_id={self.eos_token_id!r} must be a token id, a list of them, or None.")
+        if any(not run or any(type(i) is not int for i in run) for run in self.stop_sequences):
+            raise ValueError(f"stop_sequences={self.stop_sequences!r} must be a list of lists of token ids.")
         for name in ("suppress_ids", "distrust_ids"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or any(type(i) is not int for i in value):
@@ -189,6 +193,11 @@ class DecodeConfig:
         """`eos_token_id` as a tuple."""
         ids = self.eos_token_id
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+    @property
+    def stops(self) -> tuple[int | tuple[int, ...], ...]:
+        """All that ends a reply: `stop_ids` and `stop_sequences`."""
+        return (*self.stop_ids, *(tuple(run) for run in self.stop_sequences))
 
 
 def decode_config(options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> DecodeConfig:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from dmllm.samplers.canvas import Canvas, reply_length
+from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.rules import choose, estimate
 from dmllm.samplers.schedules import CURVES, commit_counts
@@ -121,13 +121,13 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, uniform: Tensor, 
 
 def _first_end(canvas: Canvas, config: DecodeConfig) -> Tensor:
     """The place of each row's first known end of sequence, [B]; the canvas's length where there is none."""
-    ends = canvas.committed & torch.isin(canvas.ids, torch.tensor(config.stop_ids, device=canvas.ids.device))
+    ends = ends_at(canvas.ids, canvas.committed, config.stops)
     return torch.where(ends.any(1), ends.long().argmax(1), canvas.ids.shape[1])
 
 
 def _finished(canvas: Canvas, config: DecodeConfig) -> Tensor:
     """[B] bool: all is known, or all up to and including an end of sequence; and the block needs no further call."""
-    length, stopped = reply_length(canvas.ids, canvas.committed, config.stop_ids)
+    length, stopped = reply_length(canvas.ids, canvas.committed, config.stops)
     left = canvas.post > 0
     if config.eos_early_stop and config.editing_threshold is None:
         return stopped | (length == canvas.ids.shape[1]) & ~left

@@ -106,6 +106,21 @@ def test_greedy_decoding_takes_the_authors_tokens(name) -> None:
     assert int(out.num_forwards) == case["params"]["steps"] or options_stop(case)
 
 
+def test_a_run_of_tokens_ends_a_reply_as_a_token_does() -> None:
+    case = CASES["generate"]["g_pad_stop"]
+    asked = MERGED[case["merge_case"]]
+    pipe, given = RECORDED.pipe_of(asked), {"images": RECORDED.images(asked)}
+    whole = pipe.generate([asked["input_ids"]], **given, **options(case) | {"eos_token_id": []})
+    answer = whole.sequences[0, len(asked["input_ids"]) :].tolist()
+    last = pipe.generate(
+        [asked["input_ids"]], **given, **options(case) | {"eos_token_id": [], "stop_sequences": [answer[3:5]]}
+    )
+    length, stopped = reply_length(last.trajectory[-1].ids, last.trajectory[-1].committed, (tuple(answer[3:5]),))
+    assert bool(stopped)
+    assert last.trajectory[-1].ids[0, : int(length)].tolist() == answer[: int(length)]
+    assert int(last.num_forwards) < int(whole.num_forwards)
+
+
 def test_a_map_of_more_rows_than_anyres_max_is_resized_and_one_below_is_not() -> None:
     one_tile = [
         RECORDED.stream(RECORDED.pipe(image_aspect_ratio=name), MERGED["anyres_a"])[0].shape[1]
