@@ -23,7 +23,7 @@ from dmllm.models.multimodal import MultimodalModel
 
 GROWTH = 4  # of every width, of the number of heads and of layers, from tiny to small; heads stay as wide
 WIDTHS = (
-    *("hidden_size", "d_model", "hidden_dim", "cond_dim", "mm_hidden_size"),
+    *("hidden_size", "d_model", "hidden_dim", "cond_dim", "mm_hidden_size", "out_hidden_size"),
     *("intermediate_size", "mlp_hidden_size", "moe_intermediate_size"),
     *("dense_intermediate_size", "expert_intermediate_size", "shared_expert_intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "n_heads", "n_kv_heads"),

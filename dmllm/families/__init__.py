@@ -22,6 +22,7 @@ FAMILIES = Table(
         "llada": "dmllm.families.llada:LLADA",
         "llada_moe": "dmllm.families.llada_moe:LLADA_MOE",
         "llada2": "dmllm.families.llada2:LLADA2",
+        "llada_ui": "dmllm.families.llada_ui:LLADA_UI",
         "dream": "dmllm.families.dream:DREAM",
         "dimple": "dmllm.families.dimple:DIMPLE",
         "dream_vl": "dmllm.families.dream_vl:DREAM_VL",
