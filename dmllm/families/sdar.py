@@ -29,6 +29,11 @@ def to_dmllm(config: Fields) -> dict[str, Any]:
     }
 
 
+def ends(config: Fields) -> dict[str, Any]:
+    """What ends an answer, in the released vocabulary: the end of a turn (<|im_end|>) or of a text."""
+    return {"eos_token_id": [151645, 151643]} if need(config, "vocab_size") > 151645 else {}
+
+
 SDAR = Family(
     name="sdar",
     title="SDAR 1.7B, 4B, 8B",
@@ -50,6 +55,7 @@ SDAR = Family(
         "store_calls": True,
         "eos_early_stop": False,
     },
+    decode_of=ends,
     verified="logits, generations, forwards: tests/families/test_sdar.py",
     quirks=(
         (

@@ -15,17 +15,6 @@ from dmllm.families.family import Family, Fields, Rename, need, require
 
 MASK, IMAGE = 151669, 151655
 LANGUAGE, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.vision_model.", "model.multi_modal_projector."
-# The tokenizer's ChatML with its habits: a question's text follows an empty line, and a message ends in a new line.
-CHAT_TEMPLATE = (
-    "{% if messages and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.\n<|im_end|>\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ '\n\n' + message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ '\n\n' + part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '\n<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def _renamed(key: Rename, before: str, after: str) -> Rename:
@@ -90,9 +79,9 @@ SDAR_VL = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq", r".*position_ids"),
     tokenizer="Qwen2Tokenizer",
-    chat_template=CHAT_TEMPLATE,
     processor={"max_length": 16384},
     decode=sdar.SDAR.decode,
+    decode_of=lambda config: sdar.ends(need(config, "text_config")),
     verified="features and streams equal transformers' LLaVA-OneVision, logits its text model's under the block mask: "
     "tests/families/test_sdar_vl.py (nothing recorded from the authors' code)",
     example={
