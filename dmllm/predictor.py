@@ -46,6 +46,11 @@ def prepare(
         ValueError: `use_cache=True` where a cache would change the result; or a draft that does not fit.
     """
     length, scale = config.max_new_tokens, config.cfg_scale
+    if mask_id >= (rows := dict(getattr(model.config, "backbone", None) or {}).get("vocab_size", mask_id + 1)):
+        raise ValueError(
+            f"The mask token {mask_id} is no row of the vocabulary of {rows}; where config.json does not name it, say "
+            "load(..., config={'mask_token_id': ...})."
+        )
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
     config = replace(config, store_calls=config.store_calls and trained is not None and use_cache is not False)

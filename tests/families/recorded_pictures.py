@@ -30,7 +30,7 @@ class Recorded:
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         self.cases: dict[str, Any] = json.loads((self.folder / "cases.json").read_text())
         self.weights = load_file(self.folder / "model.safetensors")
-        self._expected = load_file(self.folder / "expected.safetensors")
+        self.expected = load_file(self.folder / "expected.safetensors")
         self._pipes: dict[str, Any] = {}
 
     def pipe(self, **config: Any) -> Any:
@@ -50,10 +50,10 @@ class Recorded:
 
     def distance(self, name: str, found: Tensor) -> float:
         """The largest difference to what was recorded: a whole tensor, or some of its rows."""
-        if name in self._expected:
-            return float((found - self._expected[name]).abs().max())
-        rows, index = self._expected[f"{name}@rows"], self._expected[f"{name}@idx"]
-        dim, *shape = self._expected[f"{name}@stat"][2:].long().tolist()
+        if name in self.expected:
+            return float((found - self.expected[name]).abs().max())
+        rows, index = self.expected[f"{name}@rows"], self.expected[f"{name}@idx"]
+        dim, *shape = self.expected[f"{name}@stat"][2:].long().tolist()
         assert list(found.shape) == shape, (name, found.shape, shape)
         return float((found.index_select(dim, index) - rows).abs().max())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dmllm.checkpoints.example import write_example
 from dmllm.families import family_of
@@ -67,7 +66,7 @@ def test_stream_and_logits_are_the_authors(name) -> None:
 @pytest.mark.parametrize(("visibility", "name"), [("prefix", "logits_cached"), ("full", "logits_full")])
 def test_an_answer_sees_a_prompt_that_does_or_does_not_see_it(visibility, name) -> None:
     case = CASES["merge_cases"]["anyres_a"]
-    answer = load_file(RECORDED.folder / "expected.safetensors")["prefix/x"]
+    answer = RECORDED.expected["prefix/x"]
     ids = torch.cat([torch.tensor([case["input_ids"]]), answer], 1)
     canvas = torch.arange(ids.shape[1])[None] >= len(case["input_ids"])
     logits = RECORDED.pipe_of(case).logits(ids, images=RECORDED.images(case), canvas=canvas, visibility=visibility)

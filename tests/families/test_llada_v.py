@@ -16,6 +16,7 @@ from dmllm.checkpoints.tokenizer import train_tokenizer
 from dmllm.families.llada_v import LLADA_V
 from dmllm.families.llava import SO400M, SYSTEM, pinpoints
 from dmllm.models.configuration import DmllmConfig
+from dmllm.nn.visibility import Visibility
 from dmllm.pipeline import load
 from dmllm.samplers.canvas import reply_length
 from dmllm.tiling import plan
@@ -92,6 +93,27 @@ def test_logits_of_ids_stand_at_their_columns_alone_and_in_a_batch() -> None:
     batched = pipe.logits(both, mask, images=[RECORDED.images(case), None])
     assert (batched[0] - alone[0]).abs().max() < 1e-3
     assert (batched[1, : len(text["input_ids"])] - pipe.logits([text["input_ids"]])[0]).abs().max() < 1e-3
+
+
+def test_logits_beside_padding_are_the_authors() -> None:
+    case, hidden = CASES["loss"]["text_batch_pad"], RECORDED.expected["loss/text_batch_pad/masked"].bool()
+    mask = torch.tensor(case["attention_mask"])
+    ids = torch.tensor(case["input_ids"]).masked_fill(hidden, CASES["special_ids"]["mask"])
+    difference = RECORDED.pipe().logits(ids, mask) - RECORDED.expected["loss/text_batch_pad/logits"]
+    assert difference[mask.bool()].abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_turn_that_sees_the_turns_before_it_gets_the_authors_logits() -> None:
+    name, case = "loss/two_turn_conv_mask", CASES["loss"]["two_turn_conv_mask"] | MERGED["single_pad"]
+    pipe, ids = RECORDED.pipe_of(case), torch.tensor(CASES["loss"]["two_turn_conv_mask"]["input_ids"])
+    stream, _ = RECORDED.stream(pipe, case | {"input_ids": ids[0].tolist()})
+    hidden = RECORDED.expected[f"{name}/masked"].bool()[..., None]
+    stream = torch.where(hidden, pipe.model.embed(torch.tensor([CASES["special_ids"]["mask"]])), stream)
+    turn = RECORDED.expected[f"{name}/conversation_ids"]
+    rule = Visibility(turn, torch.zeros_like(turn, dtype=torch.bool), torch.zeros_like(turn))
+    logits = pipe.model(inputs_embeds=stream, visibility=rule).logits
+    assert RECORDED.distance(f"{name}/logits", logits) < 1e-4
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -232,6 +254,12 @@ def test_it_chats_about_one_picture_and_about_several_each_padded(chatting) -> N
     alone = chatting.chat("Both?", [image, image], max_new_tokens=8, block_length=8)
     assert alone.ids == replies[1].ids
     assert int((chatting.processor.prompt("Both?", [image, image]).image_slots >= 0).sum()) == 2 * 16
+
+
+def test_a_mask_token_beyond_the_vocabulary_is_refused_when_it_is_needed() -> None:
+    pipe = load(str(RECORDED.folder), device="cpu")  # the authors' code says it, this config.json does not
+    with pytest.raises(ValueError, match=r"mask token 126336 is no row of the vocabulary of 160"):
+        pipe.generate([[5, 6]], max_new_tokens=4)
 
 
 def test_tiling_survives_our_own_format(tmp_path) -> None:
