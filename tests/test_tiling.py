@@ -1,5 +1,7 @@
 """Tiles and stream rows by hand: what LLaVA's arithmetic gives, row by row."""
 
+from dataclasses import replace
+
 import pytest
 
 from dmllm.tiling import TilingConfig, View, plan, select_best_resolution, unpadded
@@ -132,3 +134,19 @@ def test_configurations_that_cannot_work_are_refused():
 def test_lists_from_a_file_become_the_same_configuration():
     read = TilingConfig(mode="anyres", tile_size=[4, 4], grid=[2, 2], pinpoints=[[4, 8]])
     assert read == tiny(mode="anyres", pinpoints=((4, 8),))
+
+
+def test_a_map_beyond_max_tiles_takes_fewer_rows_in_the_place_of_its_first_tiles():
+    config = TilingConfig(mode="anyres", tile_size=(56, 56), grid=(4, 4), pinpoints=((168, 168),), max_tiles=2)
+    cut = plan(300, 300, config)
+    assert cut.resize is not None
+    assert (cut.resize.height, cut.resize.width) == (5, 5)  # 12 x 12 over sqrt(144 / 32) = 2.1
+    assert cut.slots == (*range(16), *range(16, 16 + 25))
+    assert plan(300, 300, replace(config, max_tiles=8)).resize is None  # 144 is below 1.1^2 * 128
+
+
+def test_several_images_are_padded_only_where_that_is_said():
+    config = TilingConfig(mode="anyres", tile_size=(56, 56), grid=(4, 4), pinpoints=((168, 168),), several="pad")
+    assert config.of(1) is config
+    assert (config.of(2).mode, plan(300, 200, config.of(2)).num_tiles) == ("pad", 1)
+    assert replace(config, several="same").of(2).mode == "anyres"
