@@ -26,6 +26,7 @@ FAMILIES = Table(
         "dream": "dmllm.families.dream:DREAM",
         "dimple": "dmllm.families.dimple:DIMPLE",
         "dream_vl": "dmllm.families.dream_vl:DREAM_VL",
+        "qwen2_5_vl": "dmllm.families.qwen2_5_vl:QWEN2_5_VL",
         "sdar": "dmllm.families.sdar:SDAR",
         "sdar_vl": "dmllm.families.sdar_vl:SDAR_VL",
         "diffullama": "dmllm.families.diffullama:DIFFULLAMA",
