@@ -8,7 +8,7 @@
 
 Source: LLaVA-NeXT `mm_utils.py` (select_best_resolution, resize_and_pad_image, expand2square) and `llava_arch.py`
 (unpad_image, image_newline); LLaVA-OneVision's "anyres_max_N", arXiv:2408.03326, section 3.2; Qwen2-VL's smart_resize
-and get_rope_index, arXiv:2409.12191, section 2.1.
+and get_rope_index, arXiv:2409.12191, section 2.1; transformers' get_aspect_ratio_preserving_size of Gemma 4.
 Conventions: sizes are (height, width); a slot is a row of the image's features, tile * rows * columns + row of the
 tile; ROW_BREAK stands for the learned end-of-row vector.
 """
@@ -57,6 +57,8 @@ class TilingConfig:
     """native: smaller images are enlarged to at least this many pixels."""
     max_pixels: int = 28 * 28 * 1280
     """native: larger images are shrunk to at most this many pixels."""
+    enlarge: bool = False
+    """native: whether every smaller image is enlarged to as many as fit in `max_pixels` (Gemma 4)."""
     several: Literal["same", "pad"] = "same"
     """How each of several images of one request is cut: as one alone, or as one padded tile each."""
     fill: tuple[int, int, int] | None = None
@@ -195,11 +197,14 @@ def unpadded(width: int, height: int, rows: int, columns: int, patch_aspect: flo
 
 
 def native_size(width: int, height: int, config: TilingConfig) -> Size:
-    """The nearest whole numbers of tiles, within `min_pixels` and `max_pixels`, that keep the shape (smart_resize).
+    """The nearest whole numbers of tiles, within `min_pixels` and `max_pixels`, that keep the shape (smart_resize); or
+    with `enlarge` the largest ones.
 
     Raises:
         ValueError: one side is more than 200 times the other.
     """
+    if config.enlarge:
+        return _largest(width, height, config)
     if max(width, height) > LARGEST_ASPECT * min(width, height):
         raise ValueError(f"An image of {width}x{height} pixels is more than {LARGEST_ASPECT} times as long as wide.")
     sides = tuple(zip((height, width), config.tile_size, strict=True))
@@ -228,6 +233,19 @@ def axis_positions(segments: Sequence[int | Grid], start: int = 0) -> np.ndarray
         parts.append(start + steps)
         start += taken
     return np.concatenate(parts, 1)
+
+
+def _largest(width: int, height: int, config: TilingConfig) -> Size:
+    """Rounded down to whole tiles; an image too thin for one row or column of them has one, as long as it may be."""
+    tile_h, tile_w = config.tile_size
+    scale = math.sqrt(config.max_pixels / (height * width))
+    down, across = math.floor(scale * height / tile_h), math.floor(scale * width / tile_w)
+    most = config.max_pixels // (tile_h * tile_w)
+    if not down:
+        down, across = 1, min(width // height, most)
+    elif not across:
+        down, across = min(height // width, most), 1
+    return down * tile_h, across * tile_w
 
 
 def _padded(width: int, height: int, tile: Size) -> View:

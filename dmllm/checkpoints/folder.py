@@ -163,6 +163,7 @@ def _load_published(
         config = ProcessorConfig(
             **{key: value for key, value in family.processor.items() if key != "tiling"},
             tiling=None if tiling is None else replace(tiling, **family.processor.get("tiling", {})),
+            image_frame=getattr(model, "image_frame", ()),
         )
         with _quiet():
             tokenizer = read_tokenizer(folder, family.tokenizer)

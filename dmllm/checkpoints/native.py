@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dmllm.checkpoints.weights import refuse_keys, save_shards, weight_files
 from dmllm.config import to_dict
-from dmllm.families import Family
+from dmllm.families import FAMILIES, Family
 from dmllm.registry import Table
 
 ADAPTERS = Table("adapter", {})
@@ -33,7 +33,7 @@ def read_native(
     assert native is not None
     inner, report = kind.from_pretrained(
         folder,
-        config=kind.config_class.from_dict(dict(config)),
+        config=kind.config_class.from_dict(_own(family, config)),
         dtype=dtype or "auto",
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -46,8 +46,7 @@ def read_native(
         missing = {name for name in missing if not re.fullmatch(native.optional, name)}
     what = f"{family.title} with this config.json"
     refuse_keys(missing, [*report["unexpected_keys"], *wrong], folder, what)
-    model = ADAPTERS.load(native.adapter)(inner.to(device), family.name, config)
-    model.stored_names = sorted(names)
+    model = ADAPTERS.load(native.adapter)(inner.to(device), family.name, config, names)
     return model.eval()
 
 
@@ -55,7 +54,7 @@ def draw_native(family: Family, config: Mapping[str, Any]) -> Any:
     """A model of this config.json with random weights, from torch's global generator. Raises as `read_native`."""
     kind = _class(family)
     assert family.native is not None
-    inner = kind(kind.config_class.from_dict(dict(config)))
+    inner = kind(kind.config_class.from_dict(_own(family, config)))
     return ADAPTERS.load(family.native.adapter)(inner, family.name, config).eval()
 
 
@@ -69,9 +68,17 @@ def write_native(model: Any, folder: str | Path) -> Path:
         save_shards({name: weights[name] for name in names}, folder)
     else:  # none were read, or transformers has renamed or stacked some and undoes that
         model.inner.save_pretrained(folder)
-    text = json.dumps(to_dict(model.config.published), indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    family: Family = FAMILIES.load(model.config.family)
+    fields = to_dict(model.config.published)
+    beside = {name: fields[Path(name).stem] for name in family.beside if Path(name).stem in fields}
+    for name, values in {"config.json": _own(family, fields), **beside}.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _own(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json itself, without the files that stood beside it."""
+    return {name: value for name, value in config.items() if f"{name}.json" not in family.beside}
 
 
 def _class(family: Family) -> Any:

@@ -53,6 +53,8 @@ class ProcessorConfig:
 
     tiling: TilingConfig | None = None
     """How images are cut; None: a text-only model, images are refused."""
+    image_frame: tuple[int, ...] = ()
+    """Two ids that stand before and behind the rows of every image, where the template does not write them; or none."""
     turns: Turns = "all"
     """all: every assistant turn labelled; one: a random one, after its history; each: a document for every turn."""
     image_prefix: bool = False
@@ -72,6 +74,7 @@ class ProcessorConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "answer_lengths", tuple(sorted(self.answer_lengths)))
+        object.__setattr__(self, "image_frame", tuple(self.image_frame))
         if self.turns not in ("all", "one", "each"):
             raise ValueError(f"turns={self.turns!r} is not known; use all, one or each.")
         if self.eos_padding not in ("none", "batch"):
@@ -110,7 +113,7 @@ class Processor:
     ):
         self.tokenizer, self.config, self.special = tokenizer, config, special
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
-        self.tokens = Tokens(tokenizer, special)
+        self.tokens = Tokens(tokenizer, special, config.image_frame)
         if config.tiling is not None and special.image is None:
             raise ValueError(
                 "tiling is set, but special.image is None: name the image token's id, or set tiling: null."

@@ -18,8 +18,8 @@ PLACEHOLDER = "<image>"  # the text of an image token that the vocabulary does n
 class Tokens:
     """A tokenizer's ids for rendered text; never truncated, no special tokens added, recent short texts remembered."""
 
-    def __init__(self, tokenizer: Any, special: SpecialTokens):
-        self.tokenizer, self.image = tokenizer, special.image
+    def __init__(self, tokenizer: Any, special: SpecialTokens, image_frame: tuple[int, ...] = ()):
+        self.tokenizer, self.image, self.image_frame = tokenizer, special.image, image_frame
         self.mask_text = self.text_of(special.mask)
         self.image_text = None if special.image is None else self._text_of_image(special.image)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -38,7 +38,7 @@ class Tokens:
         """The ids [n] int64 of a text, and where among them the image tokens are."""
         found = self._cache.get(text)
         if found is None:
-            ids = np.array(self._encoder(text), dtype=np.int64)
+            ids = np.array(self._framed(self._encoder(text)), dtype=np.int64)
             places = [] if self.image is None else np.flatnonzero(ids == self.image).tolist()
             found = ids, places
             if len(text) <= CACHED_CHARACTERS:
@@ -53,6 +53,13 @@ class Tokens:
         if text is None:
             raise ValueError(f"The tokenizer has no token {token_id}; it knows {len(self.tokenizer)} tokens.")
         return text
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        """With the two ids that surround an image, where there are."""
+        if not self.image_frame:
+            return ids
+        first, last = self.image_frame
+        return [one for number in ids for one in ((first, number, last) if number == self.image else (number,))]
 
     def _text_of_image(self, token_id: int) -> str:
         return PLACEHOLDER if token_id < 0 else self.text_of(token_id)

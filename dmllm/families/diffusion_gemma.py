@@ -1,8 +1,9 @@
 """DiffusionGemma 26B-A4B: canvases of random tokens denoised behind a causal prompt; transformers' own class.
 
 Source: google/diffusiongemma-26B-A4B-it; code transformers, models/diffusion_gemma. Its modules are not rebuilt here:
-`dmllm.models.diffusion_gemma` calls them. Text only so far: a checkpoint's vision tower is read and written back, and
-pictures are refused.
+`dmllm.models.diffusion_gemma` calls them. How many rows a picture may become is what its processor_config.json (or
+preprocessor_config.json) says, or `max_soft_tokens` given beside config.json; 280 where none does. A checkpoint without
+the vision tower is read too, and refuses pictures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ EXAMPLE = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
     "model_type": "diffusion_gemma",
     "canvas_length": 16,
+    "image_token_id": 302,
+    "boi_token_id": 303,
+    "eoi_token_id": 304,
+    "max_soft_tokens": 70,
     "tie_word_embeddings": True,
     "text_config": {
         "model_type": "diffusion_gemma_text",
@@ -52,6 +57,7 @@ DIFFUSION_GEMMA = Family(
     recognise=lambda config: config.get("model_type") == "diffusion_gemma",
     config=dict,
     keys=(),
+    beside=("preprocessor_config.json", "processor_config.json"),
     native=Native(
         model="DiffusionGemmaForBlockDiffusion",
         adapter="dmllm.models.diffusion_gemma:DiffusionGemma",
@@ -69,7 +75,12 @@ DIFFUSION_GEMMA = Family(
             "generator=None",
             "with a seed every row draws what it would draw alone",
         ),
+        (
+            "a picture's rows see each other in generate(), but in a plain call that mask is made and dropped",
+            "text_config.use_bidirectional_attention=null",
+            "logits() are those of generation",
+        ),
     ),
     example=EXAMPLE,
-    verified="logits with and without self-conditioning, generations, calls: tests/families/test_diffusion_gemma.py",
+    verified="pictures, logits with and without self-conditioning, generations: tests/families/test_diffusion_gemma.py",
 )

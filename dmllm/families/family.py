@@ -55,7 +55,8 @@ class Native:
     model: str
     """Name of the class, in transformers."""
     adapter: str
-    """"module:attribute" of what is called with that model, the family's name and the published config.json."""
+    """"module:attribute" of what is called with that model, the family's name, the published config.json and what the
+    checkpoint calls the weights (nothing for a random model)."""
     optional: str = ""
     """Regular expression of weights that may be left out of a checkpoint, all or none."""
 

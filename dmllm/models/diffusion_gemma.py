@@ -1,13 +1,14 @@
 """DiffusionGemma as transformers computes it, called as the models here are called.
 
-    prompt --encoder (causal)--> keys and values --+
-                                                   +--> decoder (sees all) --> logits of the canvas
-    canvas of random tokens + its last logits -----+
+    pictures --tower--> rows --+
+    prompt --------------------+--encoder (causal)--> keys and values --+
+                                                                        +--> decoder (sees all) --> logits of the canvas
+    canvas of random tokens + its last logits --------------------------+
 
 There is no mask token: a canvas begins as uniformly random tokens. Each step draws a token everywhere, keeps those of
 least entropy while their sum stays within a bound, and replaces all others by new random tokens; the step's logits go
 into the next one (self-conditioning). A canvas is done when its most probable tokens no longer change and are sure, and
-those are what it says; it then joins the prompt, and the next canvas begins.
+those are what it says; it then joins the prompt, and the next canvas begins. The rows of a picture see each other.
 
 Source: transformers' models/diffusion_gemma, whose model, temperature schedule, acceptance and stopping are called; the
 loop is this file's, so that rows have generators of their own and every step is seen.
@@ -17,7 +18,7 @@ Shapes: B rows, P prompt columns (padded on the left), C tokens of a canvas, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,8 +34,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalOutput
+from dmllm.models.vision.gemma4 import patches_of, tiling_of
 from dmllm.registry import nearest
-from dmllm.types import PADDING, Batch, Step
+from dmllm.tiling import TilingConfig
+from dmllm.types import PADDING, TEXT, Batch, Step
 
 SYNONYMS = {"max_denoising_steps": "steps"}  # transformers' name -> ours
 
@@ -73,7 +76,7 @@ class DiffusionGemmaDecoding:
             raise ValueError(f"t_min={self.t_min} must lie between 0 and t_max={self.t_max}, below it.")
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stops(self) -> tuple[int, ...]:
         """`eos_token_id` as a tuple."""
         ids = self.eos_token_id
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
@@ -84,29 +87,44 @@ class DiffusionGemma(nn.Module):
 
     Args:
         inner: transformers' DiffusionGemmaForBlockDiffusion.
-        family, published: the name of its family and its config.json.
+        family, published: the name of its family and its config.json, with what stood beside it.
+        stored_names: what its checkpoint calls the weights; without the vision tower's, pictures are refused.
+
+    Raises:
+        ValueError: its processor prepares pictures in another way than is computed here.
     """
 
     takes_feedback = True
-    tiling = None  # how pictures are cut: not at all, they are refused
 
-    def __init__(self, inner: Any, family: str, published: Mapping[str, Any]):
+    def __init__(self, inner: Any, family: str, published: Mapping[str, Any], stored_names: Collection[str] = ()):
         super().__init__()
         self.inner = inner
-        self.stored_names: list[str] = []  # what its checkpoint calls the weights
+        self.stored_names = sorted(stored_names)
+        sees = not stored_names or any("vision_tower" in name for name in stored_names)
         text = inner.config.text_config
         ends = text.eos_token_id
         pad = text.pad_token_id or 0
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         self.config = DmllmConfig(
             backbone={"type": type(inner).__name__, **{name: getattr(text, name) for name in names}},
+            vision={"name": f"native:{inner.config.vision_config.model_type}"} if sees else None,
             mask_token_id=pad,  # what an unwritten place shows
             pad_token_id=pad,
+            image_token_id=inner.config.image_token_id,
             eos_token_id=ends[0] if isinstance(ends, list | tuple) else 1 if ends is None else ends,
             visibility="prefix",
             family=family,
             published=dict(published),
         )
+        self.image_frame = (inner.config.boi_token_id, inner.config.eoi_token_id)
+        beside = [
+            published.get("preprocessor_config"),
+            (published.get("processor_config") or {}).get("image_processor"),
+        ]
+        said = {name: value for part in beside for name, value in (part or {}).items()}
+        vision = inner.config.vision_config
+        tiling = tiling_of({**said, **published}, vision.patch_size, vision.pooling_kernel_size)
+        self.tiling: TilingConfig | None = tiling if sees else None
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +136,20 @@ class DiffusionGemma(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()
+
+    def encode_images(self, tiles: Tensor, image_grids: Tensor) -> Tensor:
+        """The rows of pictures [T, D].
+
+        Args:
+            tiles: [T, 3, H, W] uint8, each of which becomes one row.
+            image_grids: [N, 3], 1, rows and columns of tiles of each picture.
+        """
+        size, encoder = self.inner.config.vision_config.patch_size, self.inner.model.encoder
+        rows = []
+        for (_, down, across), own in zip(image_grids.tolist(), tiles.split(image_grids.prod(1).tolist()), strict=True):
+            values, places = patches_of(own, down, across, size)
+            rows.append(encoder.get_image_features(values[None], places[None], return_dict=True).pooler_output)
+        return torch.cat(rows)
 
     def embed(self, *_: Any) -> Tensor:
         """What scoring begins with, which hides tokens. Raises ValueError: there is none that hides."""
@@ -132,6 +164,8 @@ class DiffusionGemma(nn.Module):
         self,
         *,
         input_ids: Tensor,
+        image_slots: Tensor | None = None,
+        image_features: Tensor | None = None,
         documents: Tensor | None = None,
         canvas: Tensor | None = None,
         feedback: Tensor | None = None,
@@ -142,6 +176,7 @@ class DiffusionGemma(nn.Module):
 
         Args:
             input_ids: [B, L], in each row the prompt and then its canvas.
+            image_slots: [B, L], which row of the features [T, D] stands there; TEXT (-1): none, the token does.
             documents: [B, L], PADDING on the right.
             canvas: [B, L] bool, the canvas; None: the last `canvas_length` tokens of each row.
             feedback: [B, L, V], what the canvas was predicted to be one step before, after temperature.
@@ -161,9 +196,10 @@ class DiffusionGemma(nn.Module):
                 f"(without it, the last {self.canvas_length} tokens of each row are)."
             )
         ids, seen = _aligned(input_ids, prompt, left=True)
+        slots = None if image_features is None else _slots(image_slots, prompt)
         drafts, valid = _aligned(input_ids, canvas, left=False)
         places = _places(canvas, valid)
-        prefix = self._encode(ids, seen, None)
+        prefix = self._encode(ids, seen, None, slots, image_features)
         feedback = None if feedback is None else feedback.gather(1, _wide(places, feedback))
         logits = self._decode(drafts, valid, prefix, seen, feedback)
         spread = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
@@ -192,16 +228,22 @@ class DiffusionGemma(nn.Module):
         batch, device, length = len(prompts), self.device, self.canvas_length
         real = (prompts.documents != PADDING).to(device)
         new_ids, seen = _aligned(prompts.input_ids.to(device), real, left=True)
+        slots = features = None
+        if prompts.pixel_values is not None:
+            assert prompts.image_grids is not None
+            features = self.encode_images(prompts.pixel_values.to(device), prompts.image_grids)
+            slots = _slots(prompts.image_slots.to(device), real)
         draws = None if draws is None else [_on(device, generator) for generator in draws]
         total = -(-config.max_new_tokens // length) * length
         answer = torch.full((batch, total), self.config.pad_token_id, device=device)
         known = torch.zeros_like(answer, dtype=torch.bool)
         forwards = torch.zeros(batch, dtype=torch.int64, device=device)
         stopped = torch.zeros(batch, dtype=torch.bool, device=device)
-        stops = torch.tensor(config.stop_ids, dtype=answer.dtype, device=device)
+        stops = torch.tensor(config.stops, dtype=answer.dtype, device=device)
         prefix = None
         for start in range(0, total, length):
-            prefix = self._encode(new_ids, seen, prefix)
+            prefix = self._encode(new_ids, seen, prefix, slots, features)
+            slots = None
             here = slice(start, start + length)
             for draft, done, alive in self._canvas(prefix, seen, config, draws, stopped):
                 forwards = forwards + (alive & ~stopped)
@@ -252,19 +294,32 @@ class DiffusionGemma(nn.Module):
             if last:
                 return
 
-    def _encode(self, ids: Tensor, seen: Tensor, prefix: DynamicCache | None) -> DynamicCache:
-        """The cache with the keys and values of `ids` [B, n], the last columns of what is `seen` [B, P]."""
+    def _encode(
+        self,
+        ids: Tensor,
+        seen: Tensor,
+        prefix: DynamicCache | None,
+        slots: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> DynamicCache:
+        """The cache with the keys and values of `ids` [B, n], the last columns of what is `seen` [B, P]; of the rows of
+        the features [T, D] where `slots` [B, n] names them."""
         prefix = DynamicCache(config=self.inner.config.get_text_config(decoder=True)) if prefix is None else prefix
         positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         encoder = self.inner.model.encoder
+        embeds = encoder.get_input_embeddings()(ids)
+        if slots is not None and features is not None:
+            shown = features.to(embeds.dtype)[slots.clamp(min=0)]
+            embeds = torch.where(slots[..., None] >= 0, shown, embeds)
         masks = encoder.create_masks_for_generate(
             config=self.inner.config,
-            inputs_embeds=torch.empty(*ids.shape, 0, dtype=self.dtype, device=ids.device),
+            inputs_embeds=embeds,
             attention_mask=seen,
             past_key_values=prefix,
             position_ids=positions,
+            mm_token_type_ids=None if slots is None else (slots >= 0).long(),
         )
-        encoder(input_ids=ids, attention_mask=masks, past_key_values=prefix, position_ids=positions)
+        encoder(inputs_embeds=embeds, attention_mask=masks, past_key_values=prefix, position_ids=positions)
         return prefix
 
     def _decode(
@@ -289,6 +344,13 @@ def _aligned(ids: Tensor, which: Tensor, *, left: bool) -> tuple[Tensor, Tensor]
     padded = torch.zeros(real.shape, dtype=ids.dtype, device=ids.device)
     padded[real] = ids[which]
     return padded, real
+
+
+def _slots(slots: Tensor | None, which: Tensor) -> Tensor:
+    """The slots [B, L] of the chosen columns as `_aligned` lays them out on the right, TEXT in its padding."""
+    assert slots is not None
+    chosen, real = _aligned(slots, which, left=True)
+    return torch.where(real, chosen, TEXT)
 
 
 def _places(which: Tensor, real: Tensor) -> Tensor:
