@@ -141,16 +141,16 @@ class Predictor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K]."""
         now = self._prompts_of(canvas.requests)
         given = now.stream.shape[1]
-        ids = canvas.ids
+        ids, time = canvas.ids, canvas.time
         if self.cfg_scale:
-            ids, rows = ids.repeat(2, 1), rows.repeat(2, 1)
+            ids, rows, time = ids.repeat(2, 1), rows.repeat(2, 1), time.repeat(2)
         stream, positions, visibility = self.model.embed(ids), now.positions, now.visibility
         if now.cache is None:
             stream, rows = torch.cat([now.stream, stream], 1), rows + given
         else:
             positions, visibility = positions[..., given:], _columns(visibility, slice(given, None))
         logits = self.model(
-            inputs_embeds=stream, positions=positions, visibility=visibility, cache=now.cache, rows=rows
+            inputs_embeds=stream, positions=positions, visibility=visibility, cache=now.cache, time=time, rows=rows
         ).logits
         if not self.cfg_scale:
             return logits
@@ -175,11 +175,13 @@ class Predictor:
         given = stream.shape[1]
         if use_cache is False or not given:
             return None
-        if bool(visibility.dense()[:, :, :given, given:].any()):
+        timed = (getattr(self.model.config, "backbone", None) or {}).get("time_conditioning")
+        if timed or bool(visibility.dense()[:, :, :given, given:].any()):
             if use_cache:
+                why = "is told the time" if timed else "sees the canvas"
                 raise ValueError(
-                    f"use_cache=True: with visibility={self.visibility!r} the prompt sees the canvas, so "
-                    "what is cached would change; leave use_cache out."
+                    f"use_cache=True: with visibility={self.visibility!r} the prompt {why}, so what is cached would "
+                    "change; leave use_cache out."
                 )
             return None
         cache = KVCache()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "opened", "calls", "post", "forwards")
+PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "opened", "calls", "post", "forwards", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Canvas:
     calls: Tensor  # [B] int64: model calls spent on it
     post: Tensor  # [B] int64: calls that it may still have now that it is full
     forwards: Tensor  # [B] int64: model calls spent on the row
+    time: Tensor  # [B] float32: its noise level, 1 where nothing is known and 0 where all is
     mask_id: int
     block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's
 
@@ -44,6 +45,7 @@ class Canvas:
             calls=none,
             post=none,
             forwards=none,
+            time=(~committed).float().mean(1),
             mask_id=mask_id,
         )
 

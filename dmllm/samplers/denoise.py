@@ -57,6 +57,7 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     """One model call, what it commits of each row's first unfilled block, and what it edits there."""
     length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     canvas = _enter_block(canvas, length)
+    canvas = replace(canvas, time=_noise_level(canvas, config, length))
     rows, asked, slots = _open_rows(
         canvas, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
     )
@@ -107,7 +108,7 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, uniform: Tensor, 
     if config.schedule == "fixed":
         return length // steps + (calls < length % steps).long()
     if config.schedule == "time":
-        times = torch.linspace(1, config.eps, steps + 1).to(asked.device)
+        times = _times(config, steps).to(asked.device)
         share = 1 - times[(calls + 1).clamp(max=steps)] / times[calls.clamp(max=steps - 1)]
         if config.remasking == "origin":  # as many as fall below their share, and `choose` takes the lowest
             some = (asked & (uniform < share[:, None])).sum(1)
@@ -139,6 +140,24 @@ def _enter_block(canvas: Canvas, block_length: int) -> Canvas:
     """Each row at the block of its first unknown token, its calls counted from there; or still at a full one."""
     block = torch.where(canvas.post > 0, canvas.block, _first_block(canvas, block_length))
     return replace(canvas, block=block, calls=torch.where(block == canvas.block, canvas.calls, 0))
+
+
+def _noise_level(canvas: Canvas, config: DecodeConfig, block_length: int) -> Tensor:
+    """The time t of a call, [B]: where `schedule: time` has come to, or how much of the canvas (of whole blocks, of the
+    active one) is unknown."""
+    unknown = ~canvas.committed
+    if config.schedule == "time":
+        steps = config.steps_per_block(unknown.shape[1])
+        return _times(config, steps).to(unknown.device)[canvas.calls.clamp(max=steps - 1)]
+    if canvas.block_length is None:
+        return unknown.float().mean(1)
+    places = torch.arange(unknown.shape[1], device=unknown.device) + canvas.offset[:, None]
+    return (unknown & (places // block_length == canvas.block[:, None])).sum(1) / block_length
+
+
+def _times(config: DecodeConfig, steps: int) -> Tensor:
+    """The times between which the calls on a block lie, [steps + 1]."""
+    return torch.linspace(1, config.eps, steps + 1)
 
 
 def _first_block(canvas: Canvas, block_length: int) -> Tensor:

@@ -111,6 +111,56 @@ def test_generation_fills_the_canvas_and_never_writes_the_mask(pipe):
     assert (found.sequences[:, 4:] != 99).all()
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """The times that a pipeline's model is told, call by call."""
+
+    def listen(pipe):
+        times, forward = [], pipe.model.forward
+        monkeypatch.setattr(pipe.model, "forward", lambda **given: times.append(given["time"]) or forward(**given))
+        return times
+
+    return listen
+
+
+def test_a_model_conditioned_on_time_is_told_the_noise_level_from_1_downwards(tmp_path, told):
+    pipe, ids = RECORDED.changed(tmp_path, time_conditioning=True), RECORDED.inputs["xt"][:1, :4]
+    times, options = told(pipe), {"max_new_tokens": 8, "steps": 4, "eos_token_id": []}
+    assert (pipe.generate(ids, generator=0, **options).sequences[:, 4:] != 99).all()
+    assert torch.equal(torch.cat(times), torch.linspace(1, 1e-5, 5)[:4]), "the authors' steps"
+    times.clear()
+    pipe.generate(ids, schedule="even", remasking="low_confidence", temperature=0.0, **options)
+    assert torch.cat(times).tolist() == [1, 0.75, 0.5, 0.25], "what is unknown"
+    times.clear()
+    pipe.score(ids, [ids[0]], hidden=[[True, True, False, False], [False, True, True, True]])
+    assert torch.cat(times).tolist() == [0.5, 0.75]
+
+
+def test_told_the_time_a_row_of_a_batch_and_a_guided_one_get_the_tokens_that_they_get_alone(tmp_path):
+    pipe, ids = RECORDED.changed(tmp_path, time_conditioning=True), RECORDED.inputs["xt"][:2, :6]
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"max_new_tokens": 8, "steps": 8, "generator": 3, "cfg_scale": 0.5, "eos_token_id": [5, 17, 40]}
+    both = pipe.generate(ids, mask, **options).sequences
+    assert both[0].tolist() == pipe.generate(ids[:1], **options).sequences[0].tolist()
+    assert both[1, 3:].tolist() == pipe.generate(ids[1:, 3:], **options).sequences[0].tolist()
+
+
+def test_a_prompt_that_is_told_the_time_is_not_cached(tmp_path):
+    pipe, ids = RECORDED.changed(tmp_path, time_conditioning=True), RECORDED.inputs["xt"][:1, :4]
+    options = {"max_new_tokens": 4, "generator": 0, "visibility": "prefix"}
+    assert pipe.generate(ids, **options).sequences.shape == (1, 8)
+    with pytest.raises(ValueError, match="the prompt is told the time, so what is cached would change"):
+        pipe.generate(ids, use_cache=True, **options)
+
+
+def test_the_tokens_of_a_model_that_is_not_conditioned_on_time_do_not_depend_on_it(pipe, monkeypatch):
+    ids, options = RECORDED.inputs["xt"][:1, :4], {"max_new_tokens": 8, "steps": 8, "generator": 0}
+    told, forward = pipe.generate(ids, **options), pipe.model.forward
+    monkeypatch.setattr(pipe.model, "forward", lambda **given: forward(**{**given, "time": None}))
+    assert torch.equal(pipe.generate(ids, **options).sequences, told.sequences)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
