@@ -53,22 +53,25 @@ def prepare(
         )
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
-    config = replace(config, store_calls=config.store_calls and trained is not None and use_cache is not False)
+    first = config.prompt_first and model.config.shift and kind != "full"
+    stores = first or (config.store_calls and use_cache is not False)
+    config = replace(config, store_calls=stores and trained is not None, prompt_first=first and trained is not None)
     if trained is None:
         predict = Predictor(model, prompts, length, mask_id, cfg_scale=scale, use_cache=use_cache, visibility=kind)
         canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
-        if config.prompt_first and kind != "full" and model.config.shift:
-            first = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
+        if first:
+            place = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
             # Its row is the prompt's last, so this says what computing the prompt has said already: it is no call.
             greedy = replace(config, temperature=0.0, top_p=1.0)
-            canvas = canvas.commit(first, estimate(predict(canvas, first), mask_id, greedy).tokens, first == 0)
+            canvas = canvas.commit(place, estimate(predict(canvas, place), mask_id, greedy).tokens, place == 0)
         return predict, canvas, config
     if draft is not None:
         raise ValueError(f"draft= is not for visibility={kind!r}: such a model fills its blocks from left to right.")
     config = config.in_whole_blocks(trained)
     assert config.block_length is not None
     lengths = (prompts.documents != PADDING).sum(1).to(model.device)
-    canvas = whole_blocks(lengths, length, config.block_length, mask_id)
+    calls = {"store_calls": config.store_calls, "prompt_first": config.prompt_first}
+    canvas = whole_blocks(lengths, length, config.block_length, mask_id, **calls)
     with torch.no_grad():
         stream, _, positions = _streams(model, prompts, canvas.ids.shape[1], mask_id if scale else None)
     predict = BlockPredictor(
@@ -79,9 +82,9 @@ def prepare(
         canvas,
         cfg_scale=scale,
         use_cache=use_cache is not False,
-        store_calls=config.store_calls,
+        sub_block_length=(config.sub_block_length or config.block_length) if config.sub_block_cache else None,
     )
-    return predict, replace(canvas, forwards=predict.spent), config
+    return predict, canvas, config
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """Fast-dLLM v2: Qwen2.5 in blocks of 32, each seen whole and those before it; the row before a position predicts it.
 
+Of generate's arguments small_block_size is `sub_block_length`, block_size `block_length`, use_block_cache
+`sub_block_cache`. It fills max_new_tokens // block_size blocks, the one in which the prompt of P tokens ends being the
+first, and adds the token after them: here max_new_tokens = blocks * block_size - P % block_size + 1, in as many calls.
+
 The configuration adds `bd_size`, the block. The mask and stop tokens are arguments of the authors' `generate`; their
 defaults, words of Qwen2.5's vocabulary, hold where config.json does not say (`mask_token_id`, `eos_token_id`).
 
@@ -8,6 +12,7 @@ Source: Wu et al., arXiv:2509.26328; code Efficient-Large-Model/Fast_dLLM_v2_7B 
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 from dmllm.families.dream import KEYS, backbone
@@ -49,8 +54,17 @@ FAST_DLLM_V2 = Family(
     config=to_dmllm,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
-    decode={"max_new_tokens": 128, "threshold": 0.9},
-    verified="logits against transformers' Qwen2: tests/families/test_fast_dllm_v2.py",
+    decode={
+        "max_new_tokens": 128,
+        "sub_block_length": 8,
+        "threshold": 0.9,
+        "count_mask": True,
+        "store_calls": True,
+        "prompt_first": True,
+    },
+    decode_of=lambda config: {"sub_block_length": gcd(8, config.get("bd_size", 32))},
+    verified="logits against transformers' Qwen2: tests/families/test_fast_dllm_v2.py; generations and forwards "
+    "against the authors' loop written out on it: tests/families/test_fast_dllm_v2_decode.py (nothing recorded)",
     quirks=(
         ("A prompt of exactly one block is not read: it is neither stored nor fed", "fixed", "it is the context"),
         ("Inside a block the calls use blocks of 32, whatever block_size is", "fixed", "they use bd_size"),

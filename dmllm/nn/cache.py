@@ -104,12 +104,12 @@ class PlacedCache(KVCache):
     def visibility(self, value: Visibility | None) -> None:
         self._stored = value
 
-    def forget(self, first: Tensor) -> None:
-        """No row sees what is stored at or behind the place `first` [B] from now on, until it is written anew."""
+    def forget(self, first: Tensor, end: Tensor) -> None:
+        """No row sees what is stored at the places `first` to `end` [B] from now on, until it is written anew."""
         if self._stored is not None:
-            rule = self._stored
-            behind = torch.arange(self.size + 1, device=first.device) >= first[:, None]
-            self._stored = Visibility(rule.rank, rule.canvas, rule.document.masked_fill(behind, PADDING))
+            rule, place = self._stored, torch.arange(self.size + 1, device=first.device)
+            gone = (place >= first[:, None]) & (place < end[:, None])
+            self._stored = Visibility(rule.rank, rule.canvas, rule.document.masked_fill(gone, PADDING))
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer attends to: the places in use followed by the new rows, [B, heads, K + L, head_dim]."""

@@ -43,6 +43,9 @@ class DecodeConfig:
     """Tokens of a block; a block is filled before the next begins, and the last may be shorter. None is one block, or
     for a block-causal model the block it was trained with. That counts blocks from the beginning of the prompt, and
     fills the last one whole (what exceeds `max_new_tokens` is cut)."""
+    sub_block_length: int | None = None
+    """Tokens of a sub-block; within a block one is filled before the next begins, each call seeing the whole block
+    (Fast-dLLM v2's small_block_size). None, or the block's length and more, is the block itself."""
     block_steps: int | None = None
     """Model calls for each block, in place of `steps`: SDAR's denoising_steps, LLaDA2's steps."""
     num_to_transfer: int | None = None
@@ -86,8 +89,10 @@ class DecodeConfig:
     stop_sequences: list[list[int]] = field(default_factory=list)
     """Runs of tokens that end a reply too, e.g. the ids of a word (LLaDA-V's stopping_criteria)."""
     prompt_first: bool = False
-    """Whether the first token is the one that the prompt alone predicts, known before the first call: for models of
-    which a row predicts the next token, where the prompt does not see the answer (LaViDa-Dream)."""
+    """Whether the first token is the most probable one that the prompt alone predicts, known before the first call: for
+    models of which a row predicts the next token, where the prompt does not see the answer (LaViDa-Dream). For
+    block-causal ones each block's first token, which the call that stores what stands before it (`store_calls`, here
+    implied) also gives: Fast-dLLM v2's autoregressive step."""
     fill_behind_eos: bool = True
     """Whether tokens behind a known end of sequence are still committed; False leaves them open (LLaDA-V)."""
     eos_early_stop: bool = True
@@ -100,9 +105,12 @@ class DecodeConfig:
     store_calls: bool = False
     """Whether finished blocks, the prompt's before all, have calls of their own in which their keys and values are
     stored, as SDAR counts them; False stores them along with the next block's first call. For block-causal models."""
+    sub_block_cache: bool = False
+    """Whether a call feeds the active sub-block alone once its first token is known, the keys and values of the others
+    being those of the last call that fed them: less work, but not exact (Fast-dLLM v2's use_block_cache)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "block_length", "block_steps", "num_to_transfer"):
+        for name in ("max_new_tokens", "steps", "block_length", "sub_block_length", "block_steps", "num_to_transfer"):
             _whole(name, getattr(self, name), least=1, optional=name != "max_new_tokens")
         _whole("max_post_steps", self.max_post_steps, least=0, optional=False)
         for name in ("threshold", "editing_threshold", "eps", "temperature", "top_p", "cfg_scale"):
@@ -143,6 +151,15 @@ class DecodeConfig:
             raise ValueError(f"{' and '.join(said)} say the same thing twice; give one of them.")
         if self.visibility is not None:
             check_layout(self.visibility)
+        sub, block = self.sub_block_length, self.block_length
+        if sub and block and sub < block and block % sub:
+            below = max(n for n in range(1, sub) if block % n == 0)
+            raise ValueError(f"sub_block_length={sub} does not divide block_length={block}; try {below} or {block}.")
+        if self.editing_threshold is not None and (sub or self.sub_block_cache or self.prompt_first):
+            raise ValueError(
+                f"editing_threshold={self.editing_threshold} looks at a whole block until nothing changes; say "
+                "sub_block_length=None, sub_block_cache=False and prompt_first=False."
+            )
         self.steps_per_block(self.max_new_tokens)
 
     def block_of(self, length: int) -> int:

@@ -58,12 +58,13 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     canvas = _enter_block(canvas, length)
     canvas = replace(canvas, time=_noise_level(canvas, config, length))
-    rows, asked, slots = _open_rows(
-        canvas, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
+    rows, asked, slots, left = _open_rows(
+        canvas, config, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
     )
-    canvas = replace(canvas, opened=torch.where(canvas.calls == 0, asked.sum(1), canvas.opened))
+    canvas, full = replace(canvas, opened=torch.where(canvas.calls == 0, left, canvas.opened)), (left == 0)[:, None]
     if not config.fill_behind_eos:
         asked = asked & (rows < _first_end(canvas, config)[:, None])
+        left = asked.sum(1)
     uniform = _draw(config, draws, length, slots)
     seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
     doubt = REMASKING.load(config.remasking)(seen, uniform[1])
@@ -71,8 +72,11 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         last = torch.isin(seen.tokens, torch.tensor(config.distrust_ids, device=rows.device))
         doubt = doubt.masked_fill(last, torch.finfo(doubt.dtype).max)
     sure = None if config.threshold is None else seen.against <= 1 - config.threshold
-    chosen = choose(doubt, sure, asked, quota(canvas, config, asked, uniform[1], length))
+    chosen = choose(doubt, sure, asked, quota(canvas, config, asked, left, uniform[1], length))
     tokens = seen.tokens
+    if config.prompt_first:
+        chosen = chosen | asked & full
+        tokens = torch.where(full, seen.top, tokens) if config.draws_tokens else tokens
     if config.choose_mask:
         over = canvas.calls + 1 >= config.steps_per_block(canvas.ids.shape[1])
         chosen = chosen & (tokens != canvas.mask_id)
@@ -87,18 +91,20 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         edited = known & better
         filled = filled.commit(rows, seen.tokens, edited, edit=True)
     again = torch.where(edited.any(1), canvas.post - 1, 0)  # a full block is left once nothing changes
-    post = torch.where(asked.any(1), config.post_steps, again)
+    post = torch.where((asked & ~full).any(1), config.post_steps, again)
     if config.schedule == "time":  # a block lasts until its last time, even where chance has filled it before
-        post = post.maximum(config.steps_per_block(canvas.ids.shape[1]) - 1 - canvas.calls)
+        lasts = config.steps_per_block(canvas.ids.shape[1]) - 1 - canvas.calls
+        post = torch.where(canvas.block < 0, post, post.maximum(lasts))
     return replace(filled, calls=canvas.calls + 1, post=post, forwards=canvas.forwards + 1)
 
 
-def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, uniform: Tensor, length: int) -> Tensor:
+def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uniform: Tensor, length: int) -> Tensor:
     """How many of the `asked` [B, K] positions a call commits at least, [B] (see `DecodeConfig.schedule`).
 
+    Of a block `left` [B] positions are open; a call on a sub-block asks for fewer.
     Shared evenly, no call is left with more than its share (the first take the remainder) and the last fills the block.
     """
-    open_rows, steps, calls = asked.sum(1), config.steps_per_block(canvas.ids.shape[1]), canvas.calls
+    open_rows, steps, calls = left, config.steps_per_block(canvas.ids.shape[1]), canvas.calls
     if config.num_to_transfer is not None:
         return torch.full_like(open_rows, config.num_to_transfer)
     if config.schedule in CURVES:
@@ -165,19 +171,37 @@ def _first_block(canvas: Canvas, block_length: int) -> Tensor:
     return (canvas.committed.long().argmin(1) + canvas.offset) // block_length
 
 
-def _open_rows(canvas: Canvas, block_length: int, *, compact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The positions to ask for, [B, K]; which of them are unknown (the others are padding); their places in the block.
+def _open_rows(
+    canvas: Canvas, config: DecodeConfig, block_length: int, *, compact: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The positions to ask for, [B, K]; which of them are unknown (the others are padding); their places in the block;
+    and how many of the block are unknown, [B].
 
-    K is the whole block, so that shapes stay the same from call to call; `compact` leaves the known ones out.
+    K is the whole sub-block, so that shapes stay the same from call to call; `compact` leaves the known ones out.
     """
     slots = torch.arange(block_length, device=canvas.ids.device).expand(len(canvas), -1)
-    places = canvas.block[:, None] * block_length - canvas.offset[:, None] + slots
+    first = (canvas.block * block_length - canvas.offset)[:, None]
+    rows, asked = _unknown(canvas, first + slots)
+    left = asked.sum(1)
+    if config.prompt_first:  # of a full block, the place behind it
+        full = (left == 0)[:, None]
+        rows, asked = _unknown(canvas, first + block_length * full + slots)
+        asked = asked & (~full | (slots == 0))
+    sub_length = config.sub_block_length or block_length
+    if sub_length < block_length:
+        first = asked.long().argmax(1, keepdim=True) // sub_length * sub_length
+        slots = first.clamp(max=block_length - sub_length) + slots[:, :sub_length]
+        rows, asked = rows.gather(1, slots), asked.gather(1, slots) & (slots >= first)
+    if compact:
+        order = (~asked).long().argsort(dim=1, stable=True)[:, : int(asked.sum(1).max())]
+        rows, asked, slots = rows.gather(1, order), asked.gather(1, order), slots.gather(1, order)
+    return rows, asked, slots, left
+
+
+def _unknown(canvas: Canvas, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The canvas positions nearest to `places` [B, K], and which of these are on the canvas and unknown."""
     rows = places.clamp(0, canvas.ids.shape[1] - 1)
-    asked = (rows == places) & ~canvas.committed.gather(1, rows)
-    if not compact:
-        return rows, asked, slots
-    slots = (~asked).long().argsort(dim=1, stable=True)[:, : int(asked.sum(1).max())]
-    return rows.gather(1, slots), asked.gather(1, slots), slots
+    return rows, (rows == places) & ~canvas.committed.gather(1, rows)
 
 
 def _draw(config: DecodeConfig, draws: list[Generator], block_length: int, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,7 @@ def folder_of(qwen, path, **fields):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def qwen():
+def make_qwen():
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1000000.0}
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, rope_parameters=rope)).eval()
@@ -52,6 +51,11 @@ def qwen():
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return make_qwen()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ SETTINGS = [
     {},
     {"block_steps": 2, "schedule": "fixed", "threshold": 0.3},
     {"remasking": "sequential", "num_to_transfer": 3},
+    {"prompt_first": True, "sub_block_length": 2, "threshold": 0.1, "temperature": 0.5, "cfg_scale": 0.5},
     {"temperature": 1.0, "remasking": "random", "eos_token_id": [1, 2, 3, 4, 5, 6]},
     {"temperature": 0.7, "cfg_scale": 0.8, "eos_token_id": [1, 2, 3, 4, 5, 6], "eos_early_stop": False},
     {"editing_threshold": 0.1, "max_post_steps": 3},
@@ -162,10 +163,10 @@ def test_without_a_prompt_blocks_begin_with_the_answer(pipe: Pipeline) -> None:
     assert int(out.num_forwards) == 12 + 3
 
 
-@pytest.mark.parametrize("options", SETTINGS[:5], ids=str)
+@pytest.mark.parametrize("options", SETTINGS[:6], ids=str)
 def test_asking_for_whole_blocks_as_on_a_gpu_gives_the_same_tokens(pipe: Pipeline, options: dict, monkeypatch) -> None:
     compact, open_rows = pipe.generate(*prompts(), generator=seeds(), **options), loop._open_rows
-    monkeypatch.setattr(loop, "_open_rows", lambda canvas, length, *, compact: open_rows(canvas, length, compact=False))
+    monkeypatch.setattr(loop, "_open_rows", lambda *given, compact: open_rows(*given, compact=False))
     static = pipe.generate(*prompts(), generator=seeds(), **options)
     assert torch.equal(compact.sequences, static.sequences)
 

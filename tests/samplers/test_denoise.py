@@ -224,8 +224,8 @@ def test_asking_for_the_whole_block_as_on_a_gpu_gives_the_same_tokens(remasking:
     compact = fill(NoiseModel(), config, 3, 10)
     open_rows, widths = loop._open_rows, set()
 
-    def whole(canvas: Canvas, block_length: int, *, compact: bool):
-        found = open_rows(canvas, block_length, compact=False)
+    def whole(*given, compact: bool):
+        found = open_rows(*given, compact=False)
         widths.add(found[0].shape[1])
         return found
 
