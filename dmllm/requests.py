@@ -122,23 +122,26 @@ def _pictures(images: Any, counts: list[int], tiling: TilingConfig | None) -> li
     if any(image is None or isinstance(image, list | tuple) for image in given):
         if len(given) != len(counts):
             raise ValueError(f"images: {len(given)} lists for {len(counts)} rows of ids; give one (or None) for each.")
-        return [_cut(_images_of(own), tiling) for own in given]
+        return [_cut(_images_of(own), tiling, count) for own, count in zip(given, counts, strict=True)]
     if len(counts) == 1:
-        return [_cut(given, tiling)]
+        return [_cut(given, tiling, counts[0])]
     if sum(counts) == len(given):
         rest = iter(given)
         return [_cut([next(rest) for _ in range(count)], tiling) for count in counts]
     return _share(_cut(given, tiling, each=True), counts)
 
 
-def _cut(images: list[Any], tiling: TilingConfig | None, *, each: bool = False) -> list[_Picture]:
-    """The images of one row cut into tiles; `each`: of a row of its own."""
+def _cut(images: list[Any], tiling: TilingConfig | None, count: int = 0, *, each: bool = False) -> list[_Picture]:
+    """The images of one row of `count` image tokens cut into tiles; `each`: of a row of its own."""
+    if not images:
+        return []
+    if tiling is None:
+        raise ValueError("This model takes text only; leave the images out.")
+    own, loaded = tiling if each else tiling.of(len(images)), [load_image(image) for image in images]
+    if own.other_max_pixels and count > len(images):
+        own = own.making(count, [(picture.height, picture.width) for picture in loaded])
     pictures = []
-    for image in images:
-        if tiling is None:
-            raise ValueError("This model takes text only; leave the images out.")
-        own = tiling if each else tiling.of(len(images))
-        picture = load_image(image)
+    for picture in loaded:
         scheme = plan(picture.width, picture.height, own)
         slots, tiles = torch.tensor(scheme.slots), cut_tiles(picture, scheme, own)
         pictures.append(_Picture(slots, tiles, scheme.resize, scheme.grid))

@@ -59,6 +59,8 @@ class TilingConfig:
     """native: larger images are shrunk to at most this many pixels."""
     enlarge: bool = False
     """native: whether every smaller image is enlarged to as many as fit in `max_pixels` (Gemma 4)."""
+    other_max_pixels: tuple[int, ...] = ()
+    """native: other values of `max_pixels`, of which one holds where ids have as many image tokens as it makes rows."""
     several: Literal["same", "pad"] = "same"
     """How each of several images of one request is cut: as one alone, or as one padded tile each."""
     fill: tuple[int, int, int] | None = None
@@ -70,6 +72,7 @@ class TilingConfig:
         for name in ("tile_size", "grid"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "pinpoints", tuple(tuple(p) for p in self.pinpoints))
+        object.__setattr__(self, "other_max_pixels", tuple(self.other_max_pixels))
         if self.fill is not None:
             object.__setattr__(self, "fill", tuple(self.fill))
         if self.mode not in ("resize", "pad", "anyres", "native"):
@@ -102,6 +105,13 @@ class TilingConfig:
         if images < 2 or self.several == "same":
             return self
         return replace(self, mode="pad", pinpoints=(), max_tiles=None)
+
+    def making(self, rows: int, sizes: Sequence[Size]) -> TilingConfig:
+        """The first of this and its `other_max_pixels` that makes so many stream rows of images of these sizes; this
+        where none does."""
+        choices = (self, *(replace(self, max_pixels=most) for most in self.other_max_pixels))
+        made = (sum(len(plan(width, height, own).slots) for height, width in sizes) for own in choices)
+        return next((own for own, number in zip(choices, made, strict=True) if number == rows), self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,14 @@ def test_one_image_token_stands_for_a_whole_picture(pipeline):
     )
 
 
+def test_ids_may_be_made_for_another_number_of_rows_than_the_processor_says():
+    pipeline = dmllm.load(str(GOLDEN), device="cpu", config={"max_soft_tokens": 280})
+    found = pipeline.logits(OF_PICTURE, images=PICTURES[:1])
+    torch.testing.assert_close(last(found), EXPECTED["masked/image/logits_step1"], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"row 0: 59 image tokens for 1 images of \[273\] rows"):
+        pipeline.logits(torch.cat([OF_PICTURE[:, :5], OF_PICTURE[:, 6:]], 1), images=PICTURES[:1])
+
+
 def test_rows_with_and_without_pictures_have_the_logits_and_tokens_that_they_have_alone(pipeline):
     short = torch.cat([SHOWN[:, :5], SHOWN[:, 64:], SHOWN[:, 3:5], SHOWN[:, 64:]], 1)  # an image token for each of two
     rows = [(PROMPT, []), (short, PICTURES[::-1]), (SHOWN, PICTURES[:1])]

@@ -22,7 +22,7 @@ IDENTITY = {"rescale_factor": 1 / 255, "image_mean": [0, 0, 0], "image_std": [1,
 
 
 def tiling_of(said: Mapping[str, Any], patch_size: int, pooling_kernel_size: int) -> TilingConfig:
-    """How pictures are cut for a tower of these sizes.
+    """How pictures are cut for a tower of these sizes; ids may be made with any other of MOST_ROWS.
 
     Args:
         said: what the checkpoint's processor says, by the names of transformers' image processor.
@@ -39,7 +39,13 @@ def tiling_of(said: Mapping[str, Any], patch_size: int, pooling_kernel_size: int
     if rows not in MOST_ROWS:
         raise ValueError(f"max_soft_tokens={rows!r} is not supported; {', '.join(map(str, MOST_ROWS))} are.")
     return TilingConfig(
-        mode="native", tile_size=(side, side), grid=(1, 1), min_pixels=1, max_pixels=rows * side**2, enlarge=True
+        mode="native",
+        tile_size=(side, side),
+        grid=(1, 1),
+        min_pixels=1,
+        max_pixels=rows * side**2,
+        enlarge=True,
+        other_max_pixels=tuple(most * side**2 for most in MOST_ROWS if most != rows),
     )
 
 
