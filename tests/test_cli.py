@@ -39,7 +39,7 @@ def test_info_says_family_caches_and_decode_defaults(capsys, llada, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     text = said(capsys, "info", llada)
     assert "llada: LLaDA 8B base, instruct, 1.5" in text
-    assert "max_new_tokens=128, steps=128, block_length=32" in text
+    assert "max_new_tokens=128, block_length=32" in text
     assert "exact" in text
     text = said(capsys, "info", "dmllm-tiny")
     assert "tokens per image" in text

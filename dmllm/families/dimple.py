@@ -65,6 +65,7 @@ DIMPLE = Family(
     decode={
         "max_new_tokens": 64,
         "steps": 64,
+        "schedule": "confident",
         "remasking": "origin",
         "threshold": 0.95,
         "temperature": 0.2,
@@ -78,6 +79,11 @@ DIMPLE = Family(
             "diffusion_generate takes top_k=50 from transformers' defaults, and confidence from what that leaves",
             "fixed; theirs with top_k=None",
             "nothing in the paper or the examples asks for it",
+        ),
+        (
+            "With alg=entropy a threshold is compared with a negative entropy, and nothing ever exceeds it",
+            "fixed; threshold: null is theirs",
+            "the threshold is of a probability",
         ),
         (
             "use_cache=True keeps the prompt's keys and values of the first call, when the answer was all masks",

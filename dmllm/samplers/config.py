@@ -26,7 +26,7 @@ REMASKING = Table(
         "sequential": "dmllm.samplers.rules:sequential",
     },
 )
-SCHEDULES = ["even", "fixed", "time", *CURVES]
+SCHEDULES = ["even", "fixed", "time", "confident", *CURVES]
 COUNTS = ("steps", "block_steps", "num_to_transfer")  # three ways to say how many tokens a call commits
 
 
@@ -53,7 +53,9 @@ class DecodeConfig:
     schedule: str = "even"
     """How many tokens a call commits at least. even: what is open in the block, shared by the calls that remain for it.
     fixed: the block's length shared by its calls, however many are known already (SDAR, LLaDA2). time: of m open ones
-    int(m (1 - s/t)) from time t to s, which may be none, and all at the last (Dream's quota). linear, shift, cosine,
+    int(m (1 - s/t)) from time t to s, which may be none, and all at the last (Dream's quota). confident: what is surer
+    than `threshold`; where nothing is, the same from the share t that is open to the next time s at which that is a
+    token or more, or the last (Dimple's confident decoding). linear, shift, cosine,
     logit_normal: the steps of that curve, the largest ones last for `shift` above 1 (LaViDa)."""
     shift: float = 3.0
     """Of `schedule: shift`: the curve is shift t / (1 + (shift - 1) t); 1 is linear."""

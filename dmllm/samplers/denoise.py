@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
-from dmllm.samplers.rules import choose, estimate
-from dmllm.samplers.schedules import CURVES, commit_counts
+from dmllm.samplers.quota import noise_level, quota
+from dmllm.samplers.rules import Estimate, choose, estimate
 from dmllm.types import Step
 
 Predict = Callable[[Canvas, Tensor], Tensor]
@@ -57,7 +57,7 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     """One model call, what it commits of each row's first unfilled block, and what it edits there."""
     length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     canvas = _enter_block(canvas, length)
-    canvas = replace(canvas, time=_noise_level(canvas, config, length))
+    canvas = replace(canvas, time=noise_level(canvas, config, length))
     rows, asked, slots, left = _open_rows(
         canvas, config, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
     )
@@ -67,63 +67,65 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         left = asked.sum(1)
     uniform = _draw(config, draws, length, slots)
     seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
-    doubt = REMASKING.load(config.remasking)(seen, uniform[1])
+    tokens, chosen = _choose(canvas, config, seen, asked, left, full, uniform[1], length)
+    filled = canvas.commit(rows, tokens, chosen)
+    edited = _edits(canvas, config, seen, rows, asked, slots, length)
+    if config.editing_threshold is not None:
+        filled = filled.commit(rows, seen.tokens, edited, edit=True)
+    post = _calls_after(canvas, config, (asked & ~full).any(1), edited.any(1))
+    return replace(filled, calls=canvas.calls + 1, post=post, forwards=canvas.forwards + 1)
+
+
+def _choose(
+    canvas: Canvas,
+    config: DecodeConfig,
+    seen: Estimate,
+    asked: Tensor,
+    left: Tensor,
+    full: Tensor,
+    uniform: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B, K] and where they are committed, [B, K] bool: the least doubtful of what is asked for."""
+    doubt = REMASKING.load(config.remasking)(seen, uniform)
     if config.distrust_ids:
-        last = torch.isin(seen.tokens, torch.tensor(config.distrust_ids, device=rows.device))
+        last = torch.isin(seen.tokens, torch.tensor(config.distrust_ids, device=doubt.device))
         doubt = doubt.masked_fill(last, torch.finfo(doubt.dtype).max)
     sure = None if config.threshold is None else seen.against <= 1 - config.threshold
-    chosen = choose(doubt, sure, asked, quota(canvas, config, asked, left, uniform[1], length))
-    tokens = seen.tokens
+    least = quota(canvas, config, asked, left, uniform, length)
+    over = (canvas.calls + 1 >= config.steps_per_block(canvas.ids.shape[1]))[:, None]
+    if config.schedule == "confident" and sure is not None:  # the quota is for calls in which nothing is sure
+        least = least.masked_fill((sure & asked).any(1) & ~over[:, 0], 0)
+    tokens, chosen = seen.tokens, choose(doubt, sure, asked, least)
     if config.prompt_first:
         chosen = chosen | asked & full
         tokens = torch.where(full, seen.top, tokens) if config.draws_tokens else tokens
     if config.choose_mask:
-        over = canvas.calls + 1 >= config.steps_per_block(canvas.ids.shape[1])
         chosen = chosen & (tokens != canvas.mask_id)
         tokens = tokens.masked_fill(~chosen, canvas.mask_id)
-        chosen = chosen | asked & over[:, None]
-    filled = canvas.commit(rows, tokens, chosen)
-    edited = torch.zeros_like(asked)
-    if config.editing_threshold is not None:
-        inside = rows == canvas.block[:, None] * length - canvas.offset[:, None] + slots  # the others are padding
-        known = inside & ~asked & canvas.editable.gather(1, rows)
-        better = (seen.tokens != canvas.ids.gather(1, rows)) & (seen.against < 1 - config.editing_threshold)
-        edited = known & better
-        filled = filled.commit(rows, seen.tokens, edited, edit=True)
-    again = torch.where(edited.any(1), canvas.post - 1, 0)  # a full block is left once nothing changes
-    post = torch.where((asked & ~full).any(1), config.post_steps, again)
-    if config.schedule == "time":  # a block lasts until its last time, even where chance has filled it before
-        lasts = config.steps_per_block(canvas.ids.shape[1]) - 1 - canvas.calls
-        post = torch.where(canvas.block < 0, post, post.maximum(lasts))
-    return replace(filled, calls=canvas.calls + 1, post=post, forwards=canvas.forwards + 1)
+        chosen = chosen | asked & over
+    return tokens, chosen
 
 
-def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uniform: Tensor, length: int) -> Tensor:
-    """How many of the `asked` [B, K] positions a call commits at least, [B] (see `DecodeConfig.schedule`).
+def _edits(
+    canvas: Canvas, config: DecodeConfig, seen: Estimate, rows: Tensor, asked: Tensor, slots: Tensor, length: int
+) -> Tensor:
+    """Where a known token of the active block gives way to a surer one, [B, K] bool (LLaDA2.1)."""
+    if config.editing_threshold is None:
+        return torch.zeros_like(asked)
+    inside = rows == canvas.block[:, None] * length - canvas.offset[:, None] + slots  # the others are padding
+    better = (seen.tokens != canvas.ids.gather(1, rows)) & (seen.against < 1 - config.editing_threshold)
+    return inside & ~asked & canvas.editable.gather(1, rows) & better
 
-    Of a block `left` [B] positions are open; a call on a sub-block asks for fewer.
-    Shared evenly, no call is left with more than its share (the first take the remainder) and the last fills the block.
-    """
-    open_rows, steps, calls = left, config.steps_per_block(canvas.ids.shape[1]), canvas.calls
-    if config.num_to_transfer is not None:
-        return torch.full_like(open_rows, config.num_to_transfer)
-    if config.schedule in CURVES:
-        rows = zip(canvas.opened.tolist(), calls.tolist(), strict=True)
-        counts = [(commit_counts(config.schedule, config.shift, n, steps)[c:] or (length,))[0] for n, c in rows]
-        return torch.tensor(counts, device=asked.device)
-    if config.schedule == "fixed":
-        return length // steps + (calls < length % steps).long()
-    if config.schedule == "time":
-        times = _times(config, steps).to(asked.device)
-        share = 1 - times[(calls + 1).clamp(max=steps)] / times[calls.clamp(max=steps - 1)]
-        if config.remasking == "origin":  # as many as fall below their share, and `choose` takes the lowest
-            some = (asked & (uniform < share[:, None])).sum(1)
-        else:
-            some = (open_rows * share).long()
-        return torch.where(calls < steps - 1, some, open_rows)
-    if config.choose_mask or not config.fill_behind_eos:  # some places are never filled
-        return canvas.opened // steps + (calls < canvas.opened % steps).long()
-    return -(-open_rows // (steps - calls).clamp(min=1))
+
+def _calls_after(canvas: Canvas, config: DecodeConfig, filling: Tensor, editing: Tensor) -> Tensor:
+    """How many calls the active block may still take though nothing in it is unknown, [B]."""
+    again = torch.where(editing, canvas.post - 1, 0)  # a full block is left once nothing changes
+    post = torch.where(filling, config.post_steps, again)
+    if config.schedule != "time":
+        return post
+    lasts = config.steps_per_block(canvas.ids.shape[1]) - 1 - canvas.calls  # even where chance has filled it before
+    return torch.where(canvas.block < 0, post, post.maximum(lasts))
 
 
 def _first_end(canvas: Canvas, config: DecodeConfig) -> Tensor:
@@ -146,24 +148,6 @@ def _enter_block(canvas: Canvas, block_length: int) -> Canvas:
     """Each row at the block of its first unknown token, its calls counted from there; or still at a full one."""
     block = torch.where(canvas.post > 0, canvas.block, _first_block(canvas, block_length))
     return replace(canvas, block=block, calls=torch.where(block == canvas.block, canvas.calls, 0))
-
-
-def _noise_level(canvas: Canvas, config: DecodeConfig, block_length: int) -> Tensor:
-    """The time t of a call, [B]: where `schedule: time` has come to, or how much of the canvas (of whole blocks, of the
-    active one) is unknown."""
-    unknown = ~canvas.committed
-    if config.schedule == "time":
-        steps = config.steps_per_block(unknown.shape[1])
-        return _times(config, steps).to(unknown.device)[canvas.calls.clamp(max=steps - 1)]
-    if canvas.block_length is None:
-        return unknown.float().mean(1)
-    places = torch.arange(unknown.shape[1], device=unknown.device) + canvas.offset[:, None]
-    return (unknown & (places // block_length == canvas.block[:, None])).sum(1) / block_length
-
-
-def _times(config: DecodeConfig, steps: int) -> Tensor:
-    """The times between which the calls on a block lie, [steps + 1]."""
-    return torch.linspace(1, config.eps, steps + 1)
 
 
 def _first_block(canvas: Canvas, block_length: int) -> Tensor:

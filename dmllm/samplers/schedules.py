@@ -39,6 +39,23 @@ def commit_counts(curve: str, shift: float, tokens: int, calls: int) -> tuple[in
     return tuple(reversed(counts))
 
 
+def until_something(open_rows: Tensor, opened: Tensor, calls: Tensor, steps: int, eps: float) -> Tensor:
+    """The tokens of confident decoding's next time, [B]: at least one of `open_rows` [B], all of them at the last time.
+
+    Of `opened` tokens m are open, so that it is time t = m / opened; to come are those of linspace(1, eps, steps + 1)
+    that are below t and behind the calls spent. The first at which int(m (1 - s/t)) is not 0 says how many.
+
+    Source: Yu, Ma and Wang, Dimple, arXiv:2505.16990, section 3.3; code yu-rp/Dimple (generation_utils.py).
+    """
+    times = torch.linspace(1, eps, steps + 1).to(open_rows.device)
+    now = (open_rows / opened.clamp(min=1))[:, None]
+    counts = (open_rows[:, None] * (1 - times / now.clamp(min=eps))).long()  # [B, steps + 1]
+    counts[:, -1] = open_rows
+    coming = (times < now) & (torch.arange(steps + 1, device=times.device) > calls[:, None]) & (counts > 0)
+    coming[:, -1] = True
+    return counts.gather(1, coming.long().argmax(1, keepdim=True)).squeeze(1)
+
+
 def _curve(name: str, shift: float, t: Tensor) -> Tensor:
     if name == "shift":
         return shift * t / (1 + (shift - 1) * t)

@@ -25,7 +25,7 @@ REMASKING = {
     "autoregressive": "sequential",
 }
 CANVAS, LIMITS = 4, SAID["limits"]  # tokens behind each recorded prompt; of pixels
-GREEDY = [name for name in SAID["generate"] if name.startswith(("dream_", "dim_ar", "dim_threshold/"))]
+SCHEDULE = {"dream": "time", "dim": "confident"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_positions_are_the_authors(pipe, case) -> None:
         assert torch.equal(positions[-3:] if positions.ndim == 2 else positions.expand(3, -1), expected)
 
 
-@pytest.mark.parametrize("name", GREEDY)
+@pytest.mark.parametrize("name", list(SAID["generate"]))
 def test_greedy_decoding_takes_the_authors_steps_to_the_authors_tokens(pipe, name) -> None:
     said = SAID["generate"][name]
     case = said["case"]
@@ -76,9 +76,9 @@ def test_greedy_decoding_takes_the_authors_steps_to_the_authors_tokens(pipe, nam
         images=pictures(case),
         max_new_tokens=10,
         steps=said["steps"],
-        schedule="time" if said["decoding_pipeline"] == "dream" else "even",
+        schedule="even" if said["alg"] == "autoregressive" else SCHEDULE[said["decoding_pipeline"]],
         remasking=REMASKING[said["alg"]],
-        threshold=said.get("alg_p_threshold"),
+        threshold=None if said["alg"] == "entropy" else said.get("alg_p_threshold"),  # theirs never exceeds it
         temperature=0.0,
         top_p=1.0,
         eos_token_id=[],

@@ -1,0 +1,61 @@
+"""How far a call goes: how many tokens it commits at least, and the time it is at.
+
+Shapes: B rows of the batch, K positions asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmllm.samplers.canvas import Canvas
+from dmllm.samplers.config import DecodeConfig
+from dmllm.samplers.schedules import CURVES, commit_counts, until_something
+
+
+def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uniform: Tensor, length: int) -> Tensor:
+    """How many of the `asked` [B, K] positions a call commits at least, [B] (see `DecodeConfig.schedule`).
+
+    Of a block `left` [B] positions are open; a call on a sub-block asks for fewer.
+    Shared evenly, no call is left with more than its share (the first take the remainder) and the last fills the block.
+    """
+    open_rows, steps, calls = left, config.steps_per_block(canvas.ids.shape[1]), canvas.calls
+    if config.num_to_transfer is not None:
+        return torch.full_like(open_rows, config.num_to_transfer)
+    if config.schedule in CURVES:
+        rows = zip(canvas.opened.tolist(), calls.tolist(), strict=True)
+        counts = [(commit_counts(config.schedule, config.shift, n, steps)[c:] or (length,))[0] for n, c in rows]
+        return torch.tensor(counts, device=asked.device)
+    if config.schedule == "fixed":
+        return length // steps + (calls < length % steps).long()
+    if config.schedule == "time":
+        times = _times(config, steps).to(asked.device)
+        share = 1 - times[(calls + 1).clamp(max=steps)] / times[calls.clamp(max=steps - 1)]
+        if config.remasking == "origin":  # as many as fall below their share, and `choose` takes the lowest
+            some = (asked & (uniform < share[:, None])).sum(1)
+        else:
+            some = (open_rows * share).long()
+        return torch.where(calls < steps - 1, some, open_rows)
+    if config.schedule == "confident":
+        return until_something(open_rows, canvas.opened, calls, steps, config.eps)
+    if config.choose_mask or not config.fill_behind_eos:  # some places are never filled
+        return canvas.opened // steps + (calls < canvas.opened % steps).long()
+    return -(-open_rows // (steps - calls).clamp(min=1))
+
+
+def noise_level(canvas: Canvas, config: DecodeConfig, block_length: int) -> Tensor:
+    """The time t of a call, [B]: where `schedule: time` has come to, or how much of the canvas (of whole blocks, of the
+    active one) is unknown."""
+    unknown = ~canvas.committed
+    if config.schedule == "time":
+        steps = config.steps_per_block(unknown.shape[1])
+        return _times(config, steps).to(unknown.device)[canvas.calls.clamp(max=steps - 1)]
+    if canvas.block_length is None:
+        return unknown.float().mean(1)
+    places = torch.arange(unknown.shape[1], device=unknown.device) + canvas.offset[:, None]
+    return (unknown & (places // block_length == canvas.block[:, None])).sum(1) / block_length
+
+
+def _times(config: DecodeConfig, steps: int) -> Tensor:
+    """The times between which the calls on a block lie, [steps + 1]."""
+    return torch.linspace(1, config.eps, steps + 1)
