@@ -333,7 +333,7 @@ class Pipeline:
         """Family, parts, sizes, ids, caches and decode defaults, by name."""
         return {
             **describe(self.model, self.tiling),
-            "decoding": ", ".join(f"{k}={v}" for k, v in vars(self.decode_config()).items()),
+            "decoding": ", ".join(f"{k}={v}" for k, v in self.decode_config().chosen.items()),
             "device": f"{self.device}, {self.model.dtype}",
         }
 

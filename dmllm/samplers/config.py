@@ -164,6 +164,16 @@ class DecodeConfig:
             )
         self.steps_per_block(self.max_new_tokens)
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What says more than nothing: the length, and every field that is not at its default."""
+        own = DecodeConfig()
+        return {
+            f.name: value
+            for f in fields(self)
+            if (value := getattr(self, f.name)) != getattr(own, f.name) or f.name == "max_new_tokens"
+        }
+
     def block_of(self, length: int) -> int:
         """The block length for a canvas of `length` tokens."""
         return min(self.block_length or length, length)
