@@ -62,7 +62,7 @@ LUMINA_DIMOO = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     chat_template=CHAT_TEMPLATE,
-    decode={"max_new_tokens": 1024, "steps": 128, "block_length": 256, "count_mask": True},
+    decode={"max_new_tokens": 1024, "block_steps": 32, "block_length": 256, "count_mask": True},
     image_vocabulary=image_vocabulary,
     quirks=(
         (

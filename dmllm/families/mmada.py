@@ -45,7 +45,7 @@ MMADA = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     chat_template=CHAT_TEMPLATE,
-    decode={"max_new_tokens": 512, "steps": 256, "block_length": 128, "count_mask": True},
+    decode={"max_new_tokens": 512, "block_steps": 64, "block_length": 128, "count_mask": True},
     image_vocabulary=image_vocabulary,
     quirks=(
         (

@@ -127,3 +127,8 @@ def test_another_layer_of_the_tower_is_refused_by_name(folder, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="vision_feature_layer=-2"):
         load(str(tmp_path))
+
+
+def test_sizes_to_choose_from_are_heights_and_widths(folder):
+    wide = load(str(folder), device="cpu", config={"image_grid_pinpoints": [[56, 112]]})
+    assert [tuple(size) for size in wide.tiling.pinpoints] == [(56, 112)]

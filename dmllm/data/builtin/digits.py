@@ -21,8 +21,6 @@ try:
 except ImportError as error:
     raise ImportError("The data set `digits` uses the scans in scikit-learn; type: pip install scikit-learn") from error
 
-DIGITS = "0123456789"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DigitOptions:
@@ -66,12 +64,12 @@ def compose(rng: np.random.Generator, split: str, size: int, options: DigitOptio
 
     def draw(rng: np.random.Generator) -> tuple[str, int]:
         digit = int(rng.random() * 10)
-        return DIGITS[digit], pick(rng, pool[digit])
+        return rows.DIGITS[digit], pick(rng, pool[digit])
 
     drawn = rows.draw_rows(rng, size, draw)
     shown = [[{"digit": int(p.character), "scan": p.image, "box": p.box} for p in row] for row in drawn]
     truth = {"picture": "digits", "rows": shown}
-    return rows.compose(rng, drawn, size=size, alphabet=DIGITS, turns=options.turns, mask=enlarged, truth=truth)
+    return rows.compose(rng, drawn, size=size, alphabet=rows.DIGITS, turns=options.turns, mask=enlarged, truth=truth)
 
 
 @lru_cache(maxsize=8192)

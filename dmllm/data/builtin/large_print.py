@@ -12,14 +12,13 @@ from dmllm.data.builtin import rows
 from dmllm.data.builtin.picture import Picture, pick, split_of
 from dmllm.data.builtin.reading import CHARACTERS
 
-DIGITS = "0123456789"
 VARIANTS = 64  # of each character
 DETAIL = 64  # pixels from which a character is scaled down
 
 
 def compose(rng: np.random.Generator, split: str, size: int, turns: int) -> Picture:
     """One picture of `split`: only digits in two pictures of three, else digits and letters."""
-    alphabet = DIGITS if rng.random() < 2 / 3 else CHARACTERS
+    alphabet = rows.DIGITS if rng.random() < 2 / 3 else CHARACTERS
 
     def draw(rng: np.random.Generator) -> tuple[str, int]:
         return pick(rng, alphabet), int(rng.random() * VARIANTS)

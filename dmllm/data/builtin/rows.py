@@ -15,6 +15,7 @@ import numpy as np
 from dmllm.data.builtin import drawing
 from dmllm.data.builtin.picture import COUNT, EXIST, NEIGHBOR, Asked, Picture, Turn, collect, phrased, pick, spread
 
+DIGITS = "0123456789"
 KINDS = ("neighbor", "count", "exist", "sum", "read")
 MAX_IN_ROW = 3
 # Lengths are fractions of the picture's side.
