@@ -13,6 +13,7 @@ Shapes: B rows, L stream rows, T image tiles, N rows of one tile, D hidden, V vo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +63,18 @@ class MultimodalModel(PreTrainedModel):
             {"backbone.lm_head.weight": "backbone.embed_tokens.weight"} if config.tie_word_embeddings else {}
         )
         self.vision = self.projector = self.row_break = None
-        width = self.backbone.config.hidden_size
+        self.stream_width = width = self.backbone.config.hidden_size
         if config.vision is not None:
             self.vision = build_vision(VisionConfig(**config.vision), load_weights=load_vision_weights)
+            self.stream_width = width * (1 + self.vision.deepstack)
             self.projector = build_projector(
                 ProjectorConfig(**(config.projector or {})),
                 in_features=self.vision.hidden_size,
-                out_features=width,
+                out_features=self.stream_width,
                 grid=self.vision.grid,
             )
         if config.row_break:
-            self.row_break = nn.Parameter(torch.empty(width))
+            self.row_break = nn.Parameter(torch.empty(self.stream_width))
         if config.unused:
             self.unused = Unused(config.unused)
         self.post_init()
@@ -101,22 +103,31 @@ class MultimodalModel(PreTrainedModel):
     def encode_images(
         self, pixel_values: Tensor, image_resizes: Tensor | None = None, image_grids: Tensor | None = None
     ) -> Tensor:
-        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image; maps resized where `image_resizes` say.
+        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D] (or wider: `embed`), once per image; maps resized where `image_resizes` say.
 
         `image_grids` [I, 3] say which tiles are one image, for encoders of native resolution.
         """
         if self.vision is None or self.projector is None:
             raise ValueError("This model has no vision encoder: it takes text only; leave the images out.")
-        rows = self.projector(self.vision(pixel_values, image_grids)).flatten(0, 1)
+        # cuDNN would round float32 patches to TF32; without it a convolution is a product like every other.
+        with torch.backends.cudnn.flags(enabled=False) if self.dtype == torch.float32 else nullcontext():
+            rows = self.projector(self.vision(pixel_values, image_grids)).flatten(0, 1)
         return rows if image_resizes is None else resize_maps(rows, image_resizes, self.image_grid)
 
     def embed(
         self, input_ids: Tensor, image_slots: Tensor | None = None, image_features: Tensor | None = None
     ) -> Tensor:
-        """The stream [B, L, D]: token rows, with image rows gathered where a slot names one."""
+        """The stream [B, L, D]: token rows, with image rows gathered where a slot names one.
+
+        With a tower whose features go into several layers it is (1 + n) D wide (see the backbone), for token rows too.
+        """
+        if image_slots is not None:
+            input_ids = input_ids.masked_fill(image_slots != TEXT, 0)  # an image's ids may be no rows
+        stream = self.backbone.embed(input_ids)
+        if self.stream_width > stream.shape[-1]:
+            stream = F.pad(stream, (0, self.stream_width - stream.shape[-1]))
         if image_slots is None:
-            return self.backbone.embed(input_ids)
-        stream = self.backbone.embed(input_ids.masked_fill(image_slots != TEXT, 0))  # an image's ids may be no rows
+            return stream
         if self.row_break is not None:
             stream = torch.where((image_slots == ROW_BREAK)[..., None], self.row_break.to(stream.dtype), stream)
         if image_features is not None:
