@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (device := config.getoption("--device")) != "cpu":
+    if (device := str(config.getoption("--device"))) != "cpu":
         from tests import on_device
 
         on_device.use(device)
