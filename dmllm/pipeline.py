@@ -155,7 +155,8 @@ class Pipeline:
         """Continue ids [B, P] by a canvas of max_new_tokens.
 
         Args:
-            attention_mask: [B, P], 0 at padding on the left or on the right; positions count from a row's first token.
+            attention_mask: [B, P], 0 at padding on the left or on the right; positions count from a row's first token
+                (from the first column for a model that draws as its authors' code does, without a generator).
             images: a list in the order of their image tokens, or a list (or None) for each row. An image token stands
                 once for each image, or as often as the image has rows.
             draft: ids [B, D] that the canvas begins with, open where they are the mask token: text to be filled in, or
@@ -174,7 +175,9 @@ class Pipeline:
         put_draft = getattr(streamer, "put_draft", None)
         trajectory = []
         given = None if draft is None else torch.as_tensor(draft).cpu()
-        for step in self._denoise([a.example for a in asked], config, generator, use_cache, given):
+        counted = generator is None and getattr(self.model, "counts_padding", False)
+        examples = [a.counted if counted else a.example for a in asked]
+        for step in self._denoise(examples, config, generator, use_cache, given):
             trajectory.append(step)
             if put_draft is not None:
                 put_draft(step.ids.cpu())

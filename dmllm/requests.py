@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class Asked:
     example: Example
     columns: Tensor  # [L] the caller's column of each row of the example
     rows: Tensor  # [P] the example's (first) row of each of the caller's columns; 0 for padding
+
+    @property
+    def counted(self) -> Example:
+        """The example with positions that count the padding before it."""
+        return replace(self.example, positions=self.example.positions + self.columns[:1])
 
 
 def rows_of_ids(

@@ -71,6 +71,12 @@ DIFFUSION_GEMMA = Family(
             "the mask is built from an integer tensor's type",
         ),
         (
+            "a prompt's left padding counts as positions in generate(): rounding is not that of the prompt alone, and "
+            "feeding logits back lets it grow (1e-5 in the first call, 0.14 in the fourth of tiny random weights)",
+            "generator=None",
+            "with a seed a row's positions count from its first token",
+        ),
+        (
             "a canvas that is begun draws its tokens from the batch as a whole",
             "generator=None",
             "with a seed every row draws what it would draw alone",

@@ -95,6 +95,7 @@ class DiffusionGemma(nn.Module):
     """
 
     takes_feedback = True
+    counts_padding = True  # where rows have no generators of their own, as in transformers' generate
 
     def __init__(self, inner: Any, family: str, published: Mapping[str, Any], stored_names: Collection[str] = ()):
         super().__init__()
@@ -201,7 +202,7 @@ class DiffusionGemma(nn.Module):
         places = _places(canvas, valid)
         prefix = self._encode(ids, seen, None, slots, image_features)
         feedback = None if feedback is None else feedback.gather(1, _wide(places, feedback))
-        logits = self._decode(drafts, valid, prefix, seen, feedback)
+        logits = self._decode(drafts, valid, prefix, seen, feedback, 0)
         spread = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
         spread[canvas] = logits[valid]
         return MultimodalOutput(logits=spread if rows is None else spread.gather(1, _wide(rows, spread)))
@@ -222,12 +223,13 @@ class DiffusionGemma(nn.Module):
         """Canvas after canvas, a `Step` after each call of the decoder; places not yet reached show the pad token.
 
         Args:
-            prompts: one row a request, without labels.
+            prompts: one row a request, without labels; positions count on from that of a row's first token.
             draws: a generator for each row; None: torch's global one for the batch as a whole, as transformers draws.
         """
         batch, device, length = len(prompts), self.device, self.canvas_length
         real = (prompts.documents != PADDING).to(device)
         new_ids, seen = _aligned(prompts.input_ids.to(device), real, left=True)
+        at = prompts.positions.view(-1, *real.shape)[0, :, :1].to(device)
         slots = features = None
         if prompts.pixel_values is not None:
             assert prompts.image_grids is not None
@@ -242,10 +244,10 @@ class DiffusionGemma(nn.Module):
         stops = torch.tensor(config.stops, dtype=answer.dtype, device=device)
         prefix = None
         for start in range(0, total, length):
-            prefix = self._encode(new_ids, seen, prefix, slots, features)
+            prefix = self._encode(new_ids, seen, prefix, slots, features, at)
             slots = None
             here = slice(start, start + length)
-            for draft, done, alive in self._canvas(prefix, seen, config, draws, stopped):
+            for draft, done, alive in self._canvas(prefix, seen, at, config, draws, stopped):
                 forwards = forwards + (alive & ~stopped)
                 answer, known = answer.clone(), known.clone()
                 answer[:, here] = torch.where(stopped[:, None], answer[:, here], draft)
@@ -263,6 +265,7 @@ class DiffusionGemma(nn.Module):
         self,
         prefix: DynamicCache,
         seen: Tensor,
+        at: Tensor,
         config: DiffusionGemmaDecoding,
         draws: list[Generator] | None,
         stopped: Tensor,
@@ -279,7 +282,7 @@ class DiffusionGemma(nn.Module):
         feedback: Tensor | None = None
         for left in range(steps, 0, -1):
             alive, step = ~done, torch.tensor(left, device=seen.device, dtype=torch.int32)
-            logits = cool(canvas, self._decode(canvas, valid, prefix, seen, feedback), cur_step=step)
+            logits = cool(canvas, self._decode(canvas, valid, prefix, seen, feedback, at), cur_step=step)
             drawn = _categorical(logits.softmax(-1, dtype=torch.float32), draws, alive)
             kept = sampler.accept_canvas(canvas, drawn, logits, step)
             fresh = torch.where(sampler.accepted_token_mask, kept, _uniform(vocabulary, valid, draws, alive))
@@ -301,11 +304,12 @@ class DiffusionGemma(nn.Module):
         prefix: DynamicCache | None,
         slots: Tensor | None = None,
         features: Tensor | None = None,
+        at: Tensor | int = 0,
     ) -> DynamicCache:
         """The cache with the keys and values of `ids` [B, n], the last columns of what is `seen` [B, P]; of the rows of
-        the features [T, D] where `slots` [B, n] names them."""
+        the features [T, D] where `slots` [B, n] names them. `at` [B, 1] is a row's first position."""
         prefix = DynamicCache(config=self.inner.config.get_text_config(decoder=True)) if prefix is None else prefix
-        positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = at + (seen.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         encoder = self.inner.model.encoder
         embeds = encoder.get_input_embeddings()(ids)
         if slots is not None and features is not None:
@@ -323,10 +327,10 @@ class DiffusionGemma(nn.Module):
         return prefix
 
     def _decode(
-        self, ids: Tensor, valid: Tensor, prefix: DynamicCache, seen: Tensor, feedback: Tensor | None
+        self, ids: Tensor, valid: Tensor, prefix: DynamicCache, seen: Tensor, feedback: Tensor | None, at: Tensor | int
     ) -> Tensor:
         """Logits [B, C, V] of a canvas behind a prompt."""
-        first = seen.sum(1, keepdim=True)
+        first = at + seen.sum(1, keepdim=True)
         return self.inner(
             decoder_input_ids=ids,
             self_conditioning_logits=feedback,

@@ -172,12 +172,13 @@ def test_generation_behind_a_picture_is_transformers_own(pipeline):
     assert made.sequences.tolist() == wanted.sequences.tolist()
 
 
-# Recorded but not here: leftpad, whose rounding (padding counts as positions) decides between two tokens.
-@pytest.mark.parametrize("case", ["text_eb01", "text_eb2_two_canvases", "text_cold", "batch2_stop"])
+@pytest.mark.parametrize("case", list(CASES))
 def test_torchs_global_generator_gives_the_recorded_canvases_step_by_step(pipeline, case):
     recorded = CASES[case]
+    ids, pads = torch.tensor(recorded["input_ids"]), recorded["left_pad"]
     torch.manual_seed(recorded["torch_seed"])
-    made = pipeline.generate(recorded["input_ids"], **recorded["params"])
+    params = {name: value for name, value in recorded["params"].items() if name != "leftpad"}
+    made = pipeline.generate(ids, (torch.arange(ids.shape[1]) >= pads).long().expand_as(ids), **params)
     assert made.sequences.tolist() == recorded["sequences"]
     new = made.sequences.shape[1] - P
     per_call = torch.tensor(recorded["tokens_per_forward"])
@@ -186,6 +187,21 @@ def test_torchs_global_generator_gives_the_recorded_canvases_step_by_step(pipeli
     for number, (step, argmax) in enumerate(zip(made.trajectory, recorded["argmax"], strict=True)):
         here = number // steps * pipeline.model.canvas_length
         assert step.ids[:, here : here + pipeline.model.canvas_length].tolist() == argmax
+
+
+def test_padding_counts_as_positions_without_a_generator_alone(pipeline):
+    """transformers' positions: rounding then differs from the row's alone, and decides the recorded case."""
+    recorded = CASES["leftpad"]
+    ids = torch.tensor(recorded["input_ids"])
+    mask, params = (ids > 0).long(), {"max_new_tokens": 16, "steps": 4, "entropy_bound": 0.5}
+    torch.manual_seed(recorded["torch_seed"])
+    alone = pipeline.generate(ids[:, 3:], **params).sequences[:, 15:]
+    assert (alone != torch.tensor(recorded["sequences"])[:, 18:]).sum() == 1
+    seeded = [
+        pipeline.generate(*given, generator=5, **params).sequences[:, -16:] for given in ((ids, mask), (ids[:, 3:],))
+    ]
+    assert torch.equal(*seeded)
+    assert torch.equal(seeded[0], alone)
 
 
 def test_a_seed_gives_a_row_the_recorded_tokens_too(pipeline):
