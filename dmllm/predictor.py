@@ -45,7 +45,6 @@ def prepare(
     Raises:
         ValueError: `use_cache=True` where a cache would change the result; or a draft that does not fit.
     """
-    length, scale = config.max_new_tokens, config.cfg_scale
     if mask_id >= (rows := dict(getattr(model.config, "backbone", None) or {}).get("vocab_size", mask_id + 1)):
         raise ValueError(
             f"The mask token {mask_id} is no row of the vocabulary of {rows}; where config.json does not name it, say "
@@ -53,11 +52,25 @@ def prepare(
         )
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
+    if trained is not None and (config.suffix_ids or draft is not None):
+        said = f"suffix_ids={config.suffix_ids}" if draft is None else "draft="
+        raise ValueError(f"{said} is not for visibility={kind!r}: such a model fills its blocks from left to right.")
+    config, draft = _with_suffix(config, draft, len(prompts), mask_id)
+    length, scale = config.max_new_tokens, config.cfg_scale
     first = config.prompt_first and model.config.shift and kind != "full"
     stores = first or (config.store_calls and use_cache is not False)
     config = replace(config, store_calls=stores and trained is not None, prompt_first=first and trained is not None)
     if trained is None:
-        predict = Predictor(model, prompts, length, mask_id, cfg_scale=scale, use_cache=use_cache, visibility=kind)
+        predict = Predictor(
+            model,
+            prompts,
+            length,
+            mask_id,
+            cfg_scale=scale,
+            cfg_masks_draft=config.cfg_masks_draft,
+            use_cache=use_cache,
+            visibility=kind,
+        )
         canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
         if first:
             place = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
@@ -65,8 +78,6 @@ def prepare(
             greedy = replace(config, temperature=0.0, top_p=1.0)
             canvas = canvas.commit(place, estimate(predict(canvas, place), mask_id, greedy).tokens, place == 0)
         return predict, canvas, config
-    if draft is not None:
-        raise ValueError(f"draft= is not for visibility={kind!r}: such a model fills its blocks from left to right.")
     config = config.in_whole_blocks(trained)
     assert config.block_length is not None
     lengths = (prompts.documents != PADDING).sum(1).to(model.device)
@@ -112,6 +123,7 @@ class Predictor:
         mask_id: the mask token.
         cfg_scale: above 0, each request is also asked without its prompt (every prompt row a mask token, image rows
             included) and the logits are un + (cfg_scale + 1)(cond - un).
+        cfg_masks_draft: whether it is then asked without what was given on the canvas too.
         use_cache: None caches where it is exact; False never.
         visibility: a name of `LAYOUTS`; None is the model's own.
 
@@ -127,10 +139,12 @@ class Predictor:
         mask_id: int,
         *,
         cfg_scale: float = 0.0,
+        cfg_masks_draft: bool = False,
         use_cache: bool | None = None,
         visibility: str | None = None,
     ):
         self.model, self.cfg_scale, self.visibility = model, cfg_scale, visibility or model.config.visibility
+        self._masks_draft = cfg_masks_draft
         with torch.no_grad():
             stream, documents, positions = _streams(model, prompts, length, mask_id if cfg_scale else None)
             canvas = torch.arange(documents.shape[1], device=documents.device) >= stream.shape[1]
@@ -146,7 +160,8 @@ class Predictor:
         given = now.stream.shape[1]
         ids, time = canvas.ids, canvas.time
         if self.cfg_scale:
-            ids, rows, time = ids.repeat(2, 1), rows.repeat(2, 1), time.repeat(2)
+            alone = ids.masked_fill(~canvas.editable, canvas.mask_id) if self._masks_draft else ids
+            ids, rows, time = torch.cat([ids, alone]), rows.repeat(2, 1), time.repeat(2)
         stream, positions, visibility = self.model.embed(ids), now.positions, now.visibility
         if now.cache is None:
             stream, rows = torch.cat([now.stream, stream], 1), rows + given
@@ -198,6 +213,24 @@ class Predictor:
         )
         cache.storing = False
         return cache
+
+
+def _with_suffix(
+    config: DecodeConfig, draft: Tensor | None, rows: int, mask_id: int
+) -> tuple[DecodeConfig, Tensor | None]:
+    """The settings and the draft of a canvas with `suffix_ids` behind it: blocks and calls are those without them."""
+    if not (suffix := torch.tensor(config.suffix_ids)).numel():
+        return config, draft
+    length = config.max_new_tokens
+    given = _canvas(rows, length, mask_id, torch.device("cpu"), draft).ids
+    config = replace(
+        config,
+        max_new_tokens=length + len(suffix),
+        block_length=config.block_of(length),
+        steps=None,
+        block_steps=config.steps_per_block(length) if config.num_to_transfer is None else None,
+    )
+    return config, torch.cat([given, suffix.expand(rows, -1)], 1)
 
 
 def _canvas(rows: int, length: int, mask_id: int, device: torch.device, draft: Tensor | None) -> Canvas:

@@ -4,12 +4,15 @@ Source: Xin et al., arXiv:2510.06308; code Alpha-VLLM/Lumina-DiMOO (config.py, m
 
 A question about pictures is the ids of `<system>...</system><user>question`, each picture as `<IMAGE> row newline row
 newline ... </IMAGE>`, then `</user>` and `<answer>`, behind which the mask tokens go: `ImageVocabulary.understanding`.
+Behind the masks stands </answer> from the beginning (`suffix_ids`), which guidance hides along with the prompt.
 
 Not seen: the config.json on the hub. The code's configuration is LLaDA's, model type "llada" included; the class's name
 tells the two apart. The vocabulary ends behind the codes (126356 + 8192 = 134548 rows, as the code assumes).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from dmllm.families.family import Family, Fields
 from dmllm.families.image_vocabulary import ImageVocabulary
@@ -50,7 +53,18 @@ def recognise(config: Fields) -> bool:
 
 def image_vocabulary(config: Fields) -> ImageVocabulary | None:
     """The ids of pictures under the authors' tokenizer; None for another, of which no config.json tells them."""
-    return IMAGES if config.get("mask_token_id") == MASK else None
+    return IMAGES if config.get("mask_token_id", MASK) == MASK else None
+
+
+def of_llada(config: Fields) -> dict[str, Any]:
+    """The fields of `DmllmConfig`; their code is told the mask token, config.json need not be."""
+    return to_dmllm({"mask_token_id": MASK, **config})
+
+
+def decode_of(config: Fields) -> dict[str, Any]:
+    """What stands behind an answer, where its id is known."""
+    images = image_vocabulary(config)
+    return {} if images is None or images.answer is None else {"suffix_ids": [images.answer[1]]}
 
 
 LUMINA_DIMOO = Family(
@@ -58,13 +72,30 @@ LUMINA_DIMOO = Family(
     title="Lumina-DiMOO 8B",
     source="arXiv:2510.06308; Alpha-VLLM/Lumina-DiMOO",
     recognise=recognise,
-    config=to_dmllm,
+    config=of_llada,
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     chat_template=CHAT_TEMPLATE,
-    decode={"max_new_tokens": 1024, "block_steps": 32, "block_length": 256, "count_mask": True},
+    decode={
+        "max_new_tokens": 1024,
+        "block_steps": 32,
+        "block_length": 256,
+        "count_mask": True,
+        "cfg_masks_draft": True,
+    },
+    decode_of=decode_of,
     image_vocabulary=image_vocabulary,
     quirks=(
+        (
+            "makes an attention mask of the lengths of a batch's rows and does not use it: padding (id 0) is seen",
+            "fixed",
+            "padding is hidden, so that a row gets the logits that it gets alone",
+        ),
+        (
+            "commits the mask token where that is the most probable, which leaves a hole that a later block may fill",
+            "fixed",
+            "the best other token is committed, by the same probability (count_mask)",
+        ),
         (
             "stops with a NameError at the end of a block that holds <|endoftext|>",
             "fixed",
@@ -77,5 +108,5 @@ LUMINA_DIMOO = Family(
         ),
     ),
     example={**EXAMPLE, "architectures": [CLASS], "vocab_size": 384, "embedding_size": 384},
-    verified="conversion and picture ids: tests/families/test_lumina_dimoo.py",
+    verified="logits, picture ids, answers, forwards, guidance, loss: tests/families/test_lumina_dimoo.py",
 )

@@ -86,6 +86,11 @@ class DecodeConfig:
     what the checkpoint says, the choice of LaViDa's prefix_lm."""
     cfg_scale: float = 0.0
     """Guidance away from the unprompted answer: un + (cfg_scale + 1)(cond - un), twice the work; 0 is none."""
+    cfg_masks_draft: bool = False
+    """Whether the unprompted answer goes without the draft and `suffix_ids` too (Lumina-DiMOO); False keeps them, as
+    LLaDA-V does."""
+    suffix_ids: list[int] = field(default_factory=list)
+    """Tokens that stand behind the canvas from the beginning, as Lumina-DiMOO's </answer>; no part of the answer."""
     eos_token_id: int | list[int] | None = None
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
     stop_sequences: list[list[int]] = field(default_factory=list)
@@ -123,7 +128,7 @@ class DecodeConfig:
             raise ValueError(f"eos_token_id={self.eos_token_id!r} must be a token id, a list of them, or None.")
         if any(not run or any(type(i) is not int for i in run) for run in self.stop_sequences):
             raise ValueError(f"stop_sequences={self.stop_sequences!r} must be a list of lists of token ids.")
-        for name in ("suppress_ids", "distrust_ids"):
+        for name in ("suppress_ids", "distrust_ids", "suffix_ids"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or any(type(i) is not int for i in value):
                 raise ValueError(f"{name}={value!r} must be a list of token ids.")
