@@ -27,6 +27,8 @@ FAMILIES = Table(
         "dimple": "dmllm.families.dimple:DIMPLE",
         "dream_vl": "dmllm.families.dream_vl:DREAM_VL",
         "qwen2_5_vl": "dmllm.families.qwen2_5_vl:QWEN2_5_VL",
+        "qwen3_vl": "dmllm.families.qwen3_vl:QWEN3_VL",
+        "qwen3_vl_moe": "dmllm.families.qwen3_vl:QWEN3_VL_MOE",
         "sdar": "dmllm.families.sdar:SDAR",
         "sdar_vl": "dmllm.families.sdar_vl:SDAR_VL",
         "diffullama": "dmllm.families.diffullama:DIFFULLAMA",

@@ -30,11 +30,21 @@ class Rename:
 
 @dataclass(frozen=True)
 class Split:
-    """One published weight holds several of ours, one below the other, of `rows` rows each (from our configuration)."""
+    """One published weight holds several of ours, one below the other, of `rows` rows each (from our configuration).
+
+    `transposed`: it is a stack of matrices whose rows are the columns of ours, unless the shape says that they are not
+    (square ones are not); and is written so.
+    """
 
     theirs: str
     ours: tuple[str, ...]
     rows: Callable[[Fields], tuple[int, ...]]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Columns(Split):
+    """One published matrix holds several of ours side by side, stored input by output as GPT-2's are."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +156,19 @@ def to_ours(keys: tuple[Key, ...], name: str, tensor: Tensor, ours: Fields) -> I
         if found is None:
             continue
         numbers = found.groupdict()
+        tensor = tensor.mT.contiguous() if isinstance(key, Columns) else tensor
         if isinstance(key, Rename):
             yield _fill(key.ours, numbers), None, tensor
         elif isinstance(key, Split):
-            rows = key.rows(ours)
-            if sum(rows) != tensor.shape[0]:
+            rows, side = key.rows(ours), -2 if key.transposed else 0
+            if key.transposed and tensor.shape[side] != sum(rows):
+                tensor = tensor.mT
+            if sum(rows) != tensor.shape[side]:
                 raise ValueError(
-                    f"{name} has {tensor.shape[0]} rows; the configuration says {'+'.join(map(str, rows))}."
+                    f"{name} has {tensor.shape[side]} rows; the configuration says {'+'.join(map(str, rows))}."
                 )
-            for part, values in zip(key.ours, tensor.split(rows), strict=True):
+            for part, values in zip(key.ours, tensor.split(rows, side), strict=True):
+                values = values.contiguous() if key.transposed else values
                 yield _fill(part, numbers), None, values
         else:
             yield _fill(key.ours, numbers), int(numbers["e"]), tensor
@@ -181,7 +195,9 @@ def to_theirs(keys: tuple[Key, ...], weights: Mapping[str, Tensor]) -> Iterator[
                 held = parts.setdefault(_fill(key.theirs, numbers), {})
                 held[place] = tensor
                 if len(held) == len(places):
-                    yield _fill(key.theirs, numbers), torch.cat([held[i] for i in range(len(places))])
+                    whole = torch.cat([held[i] for i in range(len(places))], -2 if key.transposed else 0)
+                    turned = isinstance(key, Columns) or (key.transposed and whole.shape[-1] != whole.shape[-2])
+                    yield _fill(key.theirs, numbers), whole.mT if turned else whole
             break
         else:
             raise ValueError(f"{name} has no published name in this family.")

@@ -27,25 +27,35 @@ KEYS: tuple[Key, ...] = (
 )
 
 
-def to_dmllm(config: Fields) -> dict[str, Any]:
-    """The fields of `DmllmConfig`."""
-    text, said = config.get("text_config") or config, need(config, "vision_config")
+def text_of(config: Fields, mask: int, section: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of `DmllmConfig` that concern text, for a causal model of Qwen2's or Qwen3's shape behind a tower.
+
+    Args:
+        mask: the mask token, and section: the frequencies that time, height and width turn, where nothing says them.
+    """
+    text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type")
     require({"rope_scaling": kind}, rope_scaling=(None, "default", "mrope"))
     plain = {name: value for name, value in text.items() if name not in ("rope_scaling", "rope_parameters")}
     plain["rope_theta"] = text.get("rope_theta") or need(rope, "rope_theta")
     plain["tie_word_embeddings"] = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    shape = {name: said.get(name, value) for name, value in dimple.TOWER.items()}
-    ids = {"mask_token_id": MASK, "eos_token_id": END, "pad_token_id": qwen_vl.PAD}
+    last = need(text, "vocab_size") - 1  # of small models
+    ids = {"mask_token_id": mask, "eos_token_id": min(END, last), "pad_token_id": min(qwen_vl.PAD, last)}
     ids |= {name: found for name in ids if (found := config.get(name, text.get(name))) is not None}
     own = dream.to_dmllm({**plain, **ids})
+    turned = {"mrope_section": list(rope.get("mrope_section", section))}
+    return {**own, "backbone": {**own["backbone"], **turned}, "visibility": "causal"}
+
+
+def to_dmllm(config: Fields) -> dict[str, Any]:
+    """The fields of `DmllmConfig`."""
+    said = need(config, "vision_config")
+    shape = {name: said.get(name, value) for name, value in dimple.TOWER.items()}
     return {
-        **own,
+        **text_of(config, MASK, qwen_vl.SECTION),
         **qwen_vl.to_dmllm(config, "qwen2_5_vl", shape, max_pixels=dimple.MAX_PIXELS),
-        "backbone": {**own["backbone"], "mrope_section": list(rope.get("mrope_section", qwen_vl.SECTION))},
         "projector": {"name": "identity"},
-        "visibility": "causal",
     }
 
 

@@ -103,8 +103,9 @@ class MultimodalModel(PreTrainedModel):
     def encode_images(
         self, pixel_values: Tensor, image_resizes: Tensor | None = None, image_grids: Tensor | None = None
     ) -> Tensor:
-        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D] (or wider: `embed`), once per image; maps resized where `image_resizes` say.
+        """Tiles [T, 3, H, W] uint8 -> image rows [T * N, D], once per image; maps resized where `image_resizes` say.
 
+        Rows are as wide as `embed`'s.
         `image_grids` [I, 3] say which tiles are one image, for encoders of native resolution.
         """
         if self.vision is None or self.projector is None:

@@ -7,20 +7,40 @@ from torch import Tensor
 
 
 def rotary_tables(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, sections: tuple[int, ...] = ()
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    sections: tuple[int, ...] = (),
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each [B, 1, L, head_dim], for positions [B, L]; computed in float32, once per forward.
 
     Positions [A, B, L] say time, height and width in their last three axes; `sections` says how many of the
-    head_dim / 2 frequencies each of these turns (Qwen2-VL's M-RoPE, arXiv:2409.12191, section 2.1).
+    head_dim / 2 frequencies each of these turns (Qwen2-VL's M-RoPE, arXiv:2409.12191, section 2.1), one after another
+    or, `interleaved`, in turns, so that each turns slow and fast ones (Qwen3-VL, arXiv:2511.21631).
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequency = 1.0 / theta**exponent  # rounded as in the code that published models were trained with
     angle = positions[..., None].float() * frequency  # [B, L, head_dim / 2]
     if positions.ndim == 3:
-        angle = torch.cat([part[axis] for axis, part in enumerate(angle[-3:].split(sections, -1))], -1)
+        axes = _axes(sections, interleaved, positions.device)
+        angle = angle[-3:].gather(0, axes.expand(1, *angle.shape[1:]))[0]
     angle = torch.cat([angle, angle], -1)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _axes(sections: tuple[int, ...], interleaved: bool, device: torch.device) -> Tensor:
+    """Which axis turns each frequency: 0 time, 1 height, 2 width.
+
+    Interleaved, height and width have every third frequency from their own number on, as far as their sections reach;
+    time has all others.
+    """
+    axes = torch.zeros(sum(sections), dtype=torch.int64, device=device)
+    time, height, _ = sections
+    axes[slice(1, 3 * height, 3) if interleaved else slice(time, time + height)] = 1
+    axes[slice(2, 3 * sections[2], 3) if interleaved else slice(time + height, None)] = 2
+    return axes
 
 
 def places(positions: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class TransformerConfig:
     """Leading features of each head that positions turn; the others stay as they are. None: all."""
     mrope_section: tuple[int, ...] = ()
     """How many rotary frequencies time, height and width of an image's rows turn (Qwen2-VL); (): one axis turns all."""
+    mrope_interleaved: bool = False
+    """Whether these frequencies lie in turns, time, height, width, time, ... (Qwen3-VL), not one axis after another."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before rotation (Qwen3, SDAR)."""
     qkv_bias: bool = False
@@ -138,12 +140,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         grouped = self.kv_heads != self.heads
@@ -209,6 +212,8 @@ class Transformer(nn.Module):
     ) -> Output:
         """Embeddings [B, L, D] at `positions` [B, L] (for three axes see `nn.rope`) -> hidden rows [B, L, D].
 
+        Embeddings may be (1 + n) D wide: the k-th D features after the first are added to the stream behind its k-th
+        layer (DeepStack, arXiv:2406.04334). They are part of a row, so that whatever moves rows moves them along.
         `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
         """
         config = self.config
@@ -218,13 +223,17 @@ class Transformer(nn.Module):
             x = mask.gather(embeds)
             several = positions.ndim == 3
             positions = torch.stack([mask.gather(p) for p in positions]) if several else mask.gather(positions)
-        rotary = rotary_tables(positions, config.rotary_width, config.rope_theta, embeds.dtype, config.mrope_section)
+        sections, interleaved = config.mrope_section, config.mrope_interleaved
+        rotary = rotary_tables(positions, config.rotary_width, config.rope_theta, x.dtype, sections, interleaved)
         routings = []
-        for block in self.layers:
+        x, *later = x.split(config.hidden_size, -1)
+        for number, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, routing = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
             else:
                 x, routing = block(x, rotary, mask, cache)
+            if number < len(later):
+                x = x + later[number]
             if self.training and routing is not None:
                 routings.append(routing)
         if cache is not None:

@@ -76,6 +76,7 @@ class VisionEncoder(nn.Module, ABC):
 
     hidden_size: int
     grid: tuple[int, int]
+    deepstack: int = 0  # of the features of a row, the share behind the first 1 / (1 + n) is for the first n layers
     tiling: Mapping[str, Any] = {}  # fields of `TilingConfig` that follow from the encoder
 
     def __init__(self, config: VisionConfig):

@@ -1,11 +1,12 @@
-"""Vision encoders of native resolution: Qwen2-VL's and Qwen2.5-VL's, from transformers.
+"""Vision encoders of native resolution: Qwen2-VL's, Qwen2.5-VL's and Qwen3-VL's, from transformers.
 
-A picture keeps its shape: it is cut into tiles of merge x merge patches (28 x 28 pixels), as many as it has, and the
-tower, which sees the patches of all pictures of a batch one after another and keeps the pictures apart, merges each
-tile into one row. So a tile here is what elsewhere is a patch: the stream gets one row for each.
+A picture keeps its shape: it is cut into tiles of merge x merge patches (28 x 28 or 32 x 32 pixels), as many as it has,
+and the tower, which sees the patches of all pictures of a batch one after another and keeps the pictures apart, merges
+each tile into one row. So a tile here is what elsewhere is a patch: the stream gets one row for each.
 
-`options` are the fields of the tower's configuration, `model_type` ("qwen2_vl" or "qwen2_5_vl") among them.
-Sources: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL: windows, SwiGLU, RMSNorm).
+`options` are the fields of the tower's configuration, `model_type` ("qwen2_vl", "qwen2_5_vl", "qwen3_vl") among them.
+Sources: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL: windows, SwiGLU, RMSNorm), arXiv:2511.21631
+(Qwen3-VL: learned positions, and what several layers say goes into the first layers behind).
 Shapes: T tiles of N pictures, S pixels a tile's side, D features.
 """
 
@@ -20,6 +21,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from dmllm.models.vision.encoder import VisionConfig, VisionEncoder
 from dmllm.registry import nearest
@@ -28,6 +31,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 TOWERS: dict[str, tuple[Any, Any, str]] = {  # tower, configuration, which of its fields is the width of a row
     "qwen2_vl": (Qwen2VisionTransformerPretrainedModel, Qwen2VLVisionConfig, "hidden_size"),
     "qwen2_5_vl": (Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLVisionConfig, "out_hidden_size"),
+    "qwen3_vl": (Qwen3VLVisionModel, Qwen3VLVisionConfig, "out_hidden_size"),
 }
 
 
@@ -46,7 +50,8 @@ class NativeEncoder(VisionEncoder):
         kind, shape = _shape(config)
         tower, _, width = TOWERS[kind]
         self.tower: Any = tower(shape)
-        self.hidden_size: int = getattr(shape, width)
+        self.deepstack = len(getattr(shape, "deepstack_visual_indexes", ()))
+        self.hidden_size: int = getattr(shape, width) * (1 + self.deepstack)
         self.merge, self.patch, self.frames = shape.spatial_merge_size, shape.patch_size, shape.temporal_patch_size
 
     @staticmethod
@@ -90,11 +95,17 @@ class NativeEncoder(VisionEncoder):
         return self.features(self.normalise(pixel_values), image_grids)[:, None]
 
     def features(self, pixels: Tensor, image_grids: Tensor | None = None) -> Tensor:
-        """Normalised tiles [T, 3, S, S] of pictures of these grids -> merged rows [T, D]."""
+        """Normalised tiles [T, 3, S, S] of pictures of these grids -> merged rows [T, D].
+
+        Those of a tower with DeepStack (Qwen3-VL) hold what each of its chosen layers says, behind the last one's.
+        """
         assert image_grids is not None, "forward says so"
         patches = self.patches(pixels)
         grids = image_grids.to(patches.device) * torch.tensor([1, self.merge, self.merge], device=patches.device)
-        return self.tower(patches, grid_thw=grids).pooler_output
+        output = self.tower(patches, grid_thw=grids)
+        if not self.deepstack:
+            return output.pooler_output
+        return torch.cat([output.pooler_output, *output.deepstack_features], -1)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Normalised tiles [T, 3, S, S] -> patches as the tower takes them [T * merge^2, 3 * frames * P * P].
