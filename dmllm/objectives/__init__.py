@@ -5,16 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from dmllm.config import keys_of, refuse_unknown
+from dmllm.nn.visibility import check_layout
 from dmllm.registry import Table
 from dmllm.types import SpecialTokens
 
-OBJECTIVES = Table("objective", {"masked": "dmllm.objectives.masked:MASKED"})
+OBJECTIVES = Table(
+    "objective",
+    {
+        "masked": "dmllm.objectives.masked:MASKED",
+        "block": "dmllm.objectives.block:BLOCK",
+    },
+)
 
 
-def build_objective(name: str, options: dict[str, Any], special: SpecialTokens, visibility: str) -> Any:
-    """The objective called `name`. Raises ValueError for an unknown name or option."""
+def build_objective(name: str | None, options: dict[str, Any], special: SpecialTokens, visibility: str) -> Any:
+    """The objective called `name`, or the one by which a model of this visibility learns.
+
+    Raises:
+        ValueError: unknown name or option, or an objective that is not learned under this visibility.
+    """
+    name = name or fitting_objective(visibility)
     objective, config = OBJECTIVES.load(name)
     return objective(config_from(config, options, name), special, visibility)
+
+
+def fitting_objective(visibility: str) -> str:
+    """block for a model that denoises block after block, else masked."""
+    return "masked" if check_layout(visibility) is None else "block"
 
 
 def config_from(config: type, options: dict[str, Any], name: str) -> Any:

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from dmllm.diffusion.absorbing import draw_hidden, hide
 from dmllm.diffusion.schedules import SCHEDULES, elbo_weight
+from dmllm.nn.rope import places
 from dmllm.nn.visibility import Visibility, layout
+from dmllm.objectives.cart import context_adaptive
 from dmllm.objectives.draws import Draws
 from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, weighted_cross_entropy
-from dmllm.types import IGNORE, PADDING, TEXT, Batch, LossSum, SpecialTokens
+from dmllm.objectives.views import Laid, append_canvas, repeat_batch, spread
+from dmllm.types import IGNORE, Batch, LossSum, SpecialTokens
 
-WEIGHTS = ("elbo", "clipped", "none")
+WEIGHTS = ("elbo", "clipped", "none", "cart")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,12 @@ class MaskedConfig:
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the schedule, e.g. {power: 2} for polynomial."""
     weight: str = "elbo"
-    """elbo: -alpha'/(1 - alpha), 1/t for linear. clipped: that, at most `weight_clip`. none: 1 (not a bound)."""
+    """elbo: -alpha'/(1 - alpha), 1/t for linear. clipped: that, at most `weight_clip`. none: 1 (not a bound). cart: by
+    how much is shown near the token (Dream; not a bound)."""
     weight_clip: float = 10.0
     """Greatest weight under `clipped`."""
+    cart_p: float = 0.3
+    """How fast `cart` forgets with distance, in (0, 1): near 1 only neighbours count. Dream's paper has 0.1 to 0.3."""
     reduction: str = "tokens"
     """What the sum is divided by: tokens, batch_length, answer_length, masked (see objectives/loss.py)."""
     complementary: bool = False
@@ -53,20 +59,28 @@ class MaskedConfig:
     """The mask token gets no probability (SUBS: MDLM, section 3.2.3); LLaDA's loss leaves it a share."""
     min_noise: float = 1e-3
     """Smallest noise probability drawn, LLaDA's and MDLM's epsilon; the weight 1/t is at most 1/min_noise."""
+    max_noise: float = 1.0
+    """Largest noise probability drawn. With min_noise the range to which BD3-LM and LLaDA2 clip (for example 0.3 to
+    0.8), which lowers the variance; the loss is then no longer a bound. Both 1: everything is always hidden."""
 
     def __post_init__(self) -> None:
         if self.weight not in WEIGHTS:
             raise ValueError(f"weight={self.weight!r} is not one of {', '.join(WEIGHTS)}.")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction={self.reduction!r} is not one of {', '.join(REDUCTIONS)}.")
-        if not 0 < self.min_noise < 1:
-            raise ValueError(f"min_noise={self.min_noise} must lie between 0 and 1; 1e-3 is usual.")
+        if not 0 < self.min_noise <= self.max_noise <= 1:
+            raise ValueError(
+                f"min_noise={self.min_noise} and max_noise={self.max_noise} must lie in this order between 0 and 1; "
+                "1e-3 and 1 are usual."
+            )
+        if not 0 < self.cart_p < 1:
+            raise ValueError(f"cart_p={self.cart_p} must lie between 0 and 1; 0.3 is usual.")
         SCHEDULES.load(self.schedule)(**self.schedule_options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noised:
-    """A corrupted batch and what is to be predicted. Complementary views make it taller or longer than the batch."""
+    """A corrupted batch and what is to be predicted. Further views make it taller or longer than the batch."""
 
     batch: Batch  # input_ids hold the mask token where hidden
     visibility: Visibility
@@ -82,34 +96,54 @@ class Masked:
 
     def __init__(self, config: MaskedConfig, special: SpecialTokens, visibility: str):
         self.config, self.special, self.visibility = config, special, visibility
+        self._check_visibility()
         self.schedule = SCHEDULES.load(config.schedule)(**config.schedule_options)
-        self.t_min = float(self.schedule.time(torch.tensor(config.min_noise, dtype=torch.float64)))
+        noise = torch.tensor([config.min_noise, config.max_noise], dtype=torch.float64)
+        self.t_min, self.t_max = self.schedule.time(noise).tolist()
 
     def prepare(self, batch: Batch, draws: Draws) -> Noised:
         """Hide tokens of each answer. Deterministic in (batch, draws); the batch is left as it is."""
         scorable = batch.labels != IGNORE  # [B, L]
-        t = self._times(batch.documents, draws).to(batch.labels.device)  # [B, L]
+        t = self._times(batch, draws).to(batch.labels.device)  # [B, L]
         uniform = draws.uniform(batch.labels.shape[1]).to(t.device)
         hidden = draw_hidden(1 - self.schedule.alpha(t), uniform, scorable)
         if self.config.at_least_one:
             hidden = hidden | _lowest(uniform, hidden, scorable, batch.documents)
-        look = layout(self.visibility, documents=batch.documents, canvas=scorable)
+        return self.corrupt(batch, hidden, t)
+
+    def corrupt(self, batch: Batch, hidden: Tensor, time: Tensor) -> Noised:
+        """The batch with given tokens hidden: what `prepare` has drawn, or what was recorded from published code.
+
+        Args:
+            batch: [B, L]; what has a label counts as scorable.
+            hidden: [B, L] bool, among what has a label.
+            time: [B, L], from which follow the weights.
+        """
+        scorable = batch.labels != IGNORE
+        views, times = [hidden], [time]
         if self.config.complementary:
-            other = self.schedule.time(self.schedule.alpha(t)).clamp(self.t_min, 1)
-            views = append_views if self.visibility == "prefix" else double_batch
-            batch, look, scorable, hidden, t = views(batch, look, scorable, hidden, t, other)
+            views.append(scorable & ~hidden)
+            times.append(self._complement(time))
         share = scorable.float()
         if self.config.padding_as_one:
             share = padding_as_one(batch.labels, batch.documents, self.special.eos)
-        weights, count = normalise(self.config.reduction, self._weights(t), share, hidden, batch.documents)
-        rows = hidden.flatten().nonzero().squeeze(1)
+        weights, count = normalise(
+            self.config.reduction,
+            torch.cat([self._weights(batch, *view) for view in zip(views, times, strict=True)]),
+            torch.cat([share] * len(views)),
+            torch.cat(views),
+            torch.cat([batch.documents] * len(views)),
+        )
+        batch, look, source = self._lay_out(batch, len(views))
+        out = spread(views, source)
+        rows = out.flatten().nonzero().squeeze(1)
         return Noised(
-            batch=replace(batch, input_ids=hide(batch.input_ids, hidden, self.special.mask)),
+            batch=replace(batch, input_ids=hide(batch.input_ids, out, self.special.mask)),
             visibility=look,
-            time=t,
+            time=spread(times, source),
             rows=rows,
             targets=batch.labels.flatten()[rows],
-            weights=weights.flatten()[rows],
+            weights=spread([weights], source).flatten()[rows],
             counts={"masked": count.cpu()},
         )
 
@@ -132,18 +166,51 @@ class Masked:
             logits = logits.masked_fill(mask, -torch.inf)
         return {"masked": weighted_cross_entropy(logits, noised.targets, noised.weights, noised.counts["masked"])}
 
-    def _times(self, documents: Tensor, draws: Draws) -> Tensor:
-        """One time per document, stratified over the whole step, spread to its rows: [B, L]."""
-        per_document = draws.stratified(max(int(documents.max()) + 1, 1))
-        t = self.t_min + (1 - self.t_min) * per_document
-        return t.gather(1, documents.clamp(min=0).cpu())
+    def _check_visibility(self) -> None:
+        """Raises ValueError if this objective is not learned under the model's visibility."""
+        if self.visibility not in ("full", "prefix"):
+            raise ValueError(
+                f"The objective masked learns under visibility full or prefix, and this model's is {self.visibility}; "
+                "set model.visibility=full, or for blocks objective.name=block."
+            )
 
-    def _weights(self, t: Tensor) -> Tensor:
-        if self.config.weight == "none":
+    def _lay_out(self, batch: Batch, views: int) -> Laid:
+        """What the model is fed for one view of a batch, or for two."""
+        scorable = batch.labels != IGNORE
+        look = layout(self.visibility, documents=batch.documents, canvas=scorable)
+        if views == 2 and self.visibility == "prefix":
+            return append_canvas(batch, look, scorable)
+        return repeat_batch(batch, look, views)
+
+    def _alike(self, batch: Batch) -> Tensor:
+        """[B, L]: rows of a batch row with the same number share a time. Here each document has one."""
+        return batch.documents.clamp(min=0)
+
+    def _times(self, batch: Batch, draws: Draws) -> Tensor:
+        """Times stratified over the whole step: [B, L]."""
+        alike = self._alike(batch).cpu()
+        t = self.t_min + (self.t_max - self.t_min) * draws.stratified(int(alike.max()) + 1)
+        return t.gather(1, alike)
+
+    def _complement(self, t: Tensor) -> Tensor:
+        """The times at which is hidden what is shown at t; where all is hidden at t, that is nothing."""
+        config = self.config
+        least = min(config.min_noise, 1 - config.max_noise) or config.min_noise
+        floor = float(self.schedule.time(torch.tensor(least, dtype=torch.float64)))
+        return self.schedule.time(self.schedule.alpha(t)).clamp(floor, 1)
+
+    def _weights(self, batch: Batch, hidden: Tensor, t: Tensor) -> Tensor:
+        config = self.config
+        if config.weight == "none":
             return torch.ones_like(t)
-        # drawing from [t_min, 1] alone, this factor keeps a constant cost unbiased; it is 1 for the linear schedule
-        weight = elbo_weight(self.schedule, t) * ((1 - self.t_min) / (1 - self.config.min_noise))
-        return weight.clamp(max=self.config.weight_clip) if self.config.weight == "clipped" else weight
+        if config.weight == "cart":
+            return context_adaptive(hidden, batch.documents, places(batch.positions), config.cart_p)
+        if config.min_noise == config.max_noise:
+            weight = 1 / (1 - self.schedule.alpha(t))
+        else:  # noise is then as if drawn evenly between its bounds, whatever the schedule; for linear this is 1/t
+            factor = (self.t_max - self.t_min) / (config.max_noise - config.min_noise)
+            weight = elbo_weight(self.schedule, t) * factor
+        return weight.clamp(max=config.weight_clip) if config.weight == "clipped" else weight
 
 
 def _lowest(uniform: Tensor, hidden: Tensor, scorable: Tensor, documents: Tensor) -> Tensor:
@@ -155,43 +222,6 @@ def _lowest(uniform: Tensor, hidden: Tensor, scorable: Tensor, documents: Tensor
     least = torch.full((len(documents), width), 3.0, device=documents.device)
     least = least.scatter_reduce_(1, place, draws, "amin", include_self=True)
     return scorable & empty.gather(1, place) & (draws == least.gather(1, place))
-
-
-Views = tuple[Batch, Visibility, Tensor, Tensor, Tensor]
-STREAMS = ("input_ids", "labels", "image_slots", "documents", "positions")
-
-
-def double_batch(
-    batch: Batch, look: Visibility, scorable: Tensor, hidden: Tensor, time: Tensor, other: Tensor
-) -> Views:
-    """Every row a second time below the first, the complement hidden. Both share the image features."""
-    repeated = {name: torch.cat([getattr(batch, name)] * 2, getattr(batch, name).ndim - 2) for name in STREAMS}
-    batch = replace(batch, indices=torch.cat([batch.indices] * 2), **repeated)
-    rule = Visibility(*(torch.cat([x, x]) for x in (look.rank, look.canvas, look.document)))
-    return batch, rule, torch.cat([scorable] * 2), torch.cat([hidden, scorable & ~hidden]), torch.cat([time, other])
-
-
-def append_views(
-    batch: Batch, look: Visibility, scorable: Tensor, hidden: Tensor, time: Tensor, other: Tensor
-) -> Views:
-    """Only the canvas a second time, behind the row, the complement hidden: what is given does not see the canvas.
-
-    The second view has the next rank: it sees what is given and itself, not the first view, and is not seen by it.
-    """
-    place = scorable.int().argsort(dim=1, descending=True, stable=True)[:, : int(scorable.sum(1).max())]  # [B, C]
-    there = scorable.gather(1, place)
-
-    def extend(stream: Tensor, filler: int | bool | float) -> Tensor:
-        if stream.ndim == 3:
-            return torch.stack([extend(axis, filler) for axis in stream])
-        return torch.cat([stream, stream.gather(1, place).masked_fill(~there, filler)], 1)
-
-    fillers = {"input_ids": 0, "labels": IGNORE, "image_slots": TEXT, "documents": PADDING, "positions": 0}
-    batch = replace(batch, **{name: extend(getattr(batch, name), fillers[name]) for name in STREAMS})
-    rule = Visibility(extend(look.rank, 0), extend(look.canvas, False), batch.documents)
-    rule.rank[:, time.shape[1] :] += 1
-    hidden = torch.cat([hidden, (scorable & ~hidden).gather(1, place) & there], 1)
-    return batch, rule, extend(scorable, False), hidden, torch.cat([time, other.gather(1, place)], 1)
 
 
 MASKED = (Masked, MaskedConfig)

@@ -13,10 +13,11 @@ from dmllm.data.mixture import DataConfig
 class ObjectiveConfig:
     """What is learned, by name."""
 
-    name: str = "masked"
-    """A name of `objectives.OBJECTIVES`, or the path of your own: package.module:PAIR."""
+    name: str | None = None
+    """masked, block, or the path of your own: package.module:PAIR; null is block for a model whose visibility is
+    block:N, else masked."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The objective's own fields; for masked those of `objectives.masked.MaskedConfig`."""
+    """The objective's own fields: those of `objectives.masked.MaskedConfig` or `objectives.block.BlockConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)

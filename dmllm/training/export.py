@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dmllm.checkpoints import folder
+from dmllm.objectives import fitting_objective
 from dmllm.training.assemble import Run
 from dmllm.training.distributed import is_sharded
 from dmllm.training.state import Progress
@@ -33,9 +34,10 @@ def card(run: Run, progress: Progress) -> str:
     config = run.config
     data = config.data if isinstance(config.data, str) else ", ".join(entry.label for entry in config.data.datasets)
     average = f" The weights are a moving average (decay {config.ema})." if config.ema else ""
+    objective = config.objective.name or fitting_objective(run.core.config.visibility)
     best = progress.best_step
     lowest = f" Lowest validation loss {progress.best_loss:.4f}, at step {best}." if best else ""
     return (
         f"Trained for {progress.step} steps of {config.batch_size} examples on {data}, objective "
-        f"{config.objective.name}, seed {config.seed}.{lowest}{average}"
+        f"{objective}, seed {config.seed}.{lowest}{average}"
     )

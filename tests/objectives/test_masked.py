@@ -14,7 +14,7 @@ from dmllm.models.multimodal import gather_rows
 from dmllm.objectives import build_objective
 from dmllm.objectives.draws import Draws
 from dmllm.objectives.loss import normalise, padding_as_one
-from dmllm.objectives.masked import double_batch
+from dmllm.objectives.views import repeat_batch
 from dmllm.types import IGNORE, PADDING, PREFIX, Batch, SpecialTokens
 
 SPECIAL = SpecialTokens(mask=3, eos=2, pad=2)
@@ -123,11 +123,12 @@ def test_appended_views_score_what_a_doubled_batch_scores():
     documents = torch.tensor([[PREFIX, 0, 0, 0, 1, 1, 1], [PREFIX, 0, 0, 1, 1, PADDING, PADDING]])
     batch = batch_of(torch.randint(0, 2, (2, 7)), documents=documents)
     batch.labels[torch.tensor([[1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 0, 1, 1]]).bool()] = IGNORE
-    for reduction in ("tokens", "answer_length", "masked"):
+    for reduction in ("tokens", "answer_length", "masked", "batch_length"):
         options = {"complementary": True, "reduction": reduction}
         objective = build_objective("masked", options, SPECIAL, "prefix")
         appended = objective.prepare(batch, draws_for(batch))
-        with patch("dmllm.objectives.masked.append_views", double_batch):
+        twice = lambda batch, look, scorable: repeat_batch(batch, look, 2)
+        with patch("dmllm.objectives.masked.append_canvas", twice):
             doubled = objective.prepare(batch, draws_for(batch))
         assert appended.batch.input_ids.shape == (2, 11)
         assert doubled.batch.input_ids.shape == (4, 7)

@@ -64,6 +64,24 @@ def test_a_run_learns_and_leaves_a_model_that_answers(recipe):
     assert folder.load(result.folder / "best").processor is not None
 
 
+def test_a_model_that_denoises_in_blocks_learns_by_the_block_objective_and_answers_in_blocks(recipe):
+    config = recipe(
+        steps=120,
+        batch_size=8,
+        optimiser=OptimiserConfig(name="muon", lr=5e-3, muon_lr=0.02),
+        validation=ValidationConfig(data=recipe().data, every=60, num_examples=12),
+        samples=SamplesConfig(every=120, num_examples=1, decode={"max_new_tokens": 8}),
+    )
+    result = train(replace(config, model=replace(config.model, visibility="block:4")))
+    trained = [line["loss"] for line in lines(result, "loss")]
+    assert sum(trained[-5:]) < 0.5 * sum(trained[:5])
+    assert "objective block" in (result.model / "README.md").read_text()
+    assert folder.load(result.model).model.config.visibility == "block:4"
+    with pytest.raises(ValueError, match="objective masked learns under visibility full or prefix"):
+        train(replace(config, output_dir=config.output_dir + "2", objective=ObjectiveConfig(name="masked"),
+                      model=replace(config.model, visibility="block:4")))  # fmt: skip
+
+
 def test_decode_defaults_go_into_the_model_that_is_written_and_into_what_is_trained_from_it(recipe):
     first = recipe("first", steps=2, validation=None)
     first = replace(first, model=replace(first.model, generation={"max_new_tokens": 12, "threshold": 0.9}))
