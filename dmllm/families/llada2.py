@@ -147,8 +147,8 @@ LLADA2 = Family(
         "count_mask": True,
         "eos_early_stop": False,
     },
-    verified="logits with block and with full visibility: tests/families/test_llada2.py; generations, forwards, and "
-    "2.1's editing: tests/families/test_llada2_decode.py",
+    verified="logits with block and with full visibility: tests/families/test_llada2.py; generations of 2.0, of 2.1 "
+    "(editing), and their forwards: tests/families/test_llada2_decode.py",
     quirks=(
         (
             "norm_topk_prob, rotary_dim and moe_router_enable_expert_bias of config.json are never read",
@@ -159,6 +159,11 @@ LLADA2 = Family(
             "given a mask of two dimensions, the model attends causally",
             "fixed: padding is padding, and what a row sees is its block and those before",
             "generate passes the mask of four dimensions, which says so",
+        ),
+        (
+            "2.1's generate without eos_early_stop fills every block, and cuts the answer at its end then",
+            "fixed: it stops behind the block that holds the end; eos_token_id=[] makes all calls",
+            "the answer is the same",
         ),
     ),
     example={

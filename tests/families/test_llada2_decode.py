@@ -1,4 +1,4 @@
-"""LLaDA2's generate: 2.0's as recorded from the authors' code, 2.1's editing against its loop written out."""
+"""LLaDA2.0's and 2.1's generate, as recorded from the authors' code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ CASES = {
     for case in json.loads((RECORDED.folder / "cases.json").read_text())
     if case["kind"] == "sample" and f"{case['name']}.tokens" in EXPECTED
 }
-MASK = 168
+MORE = json.loads((RECORDED.folder / "generations.json").read_text())
+"""Settings and prompts drawn at random, where noise of 3e-4 on the logits changes neither tokens nor calls."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,18 @@ def options(params: dict) -> dict:
     }
 
 
+def generate(pipe, prompt: list[int], **chosen) -> tuple[list[int], int]:
+    """The answer, and its calls."""
+    out = pipe.generate([prompt], **chosen)
+    return out.sequences[0, len(prompt) :].tolist(), int(out.num_forwards)
+
+
+def assert_same(pipe, answer: list[int], case: dict) -> None:
+    """The answer is theirs, which ends with its end of sequence."""
+    theirs = case["tokens"][: case["params"]["gen_length"]]
+    assert answer == theirs + [pipe.special.pad] * (len(answer) - len(theirs))
+
+
 @pytest.mark.parametrize("use_cache", [None, False])
 @pytest.mark.parametrize("name", list(CASES))
 def test_greedy_decoding_makes_the_authors_calls_and_finds_their_tokens(pipe, name, use_cache) -> None:
@@ -49,52 +62,43 @@ def test_greedy_decoding_makes_the_authors_calls_and_finds_their_tokens(pipe, na
     assert int(out.num_forwards) == case["nfe"]
 
 
-def edited(pipe, prompt, *, threshold, editing_threshold, max_post_steps=16, num_to_transfer=1, block=8, length=16):
-    """LLaDA2.1's loop for one row at temperature 0, without an end of sequence: the answer, and its calls."""
-    given, calls = prompt.shape[1], 0
-    total = -(-(given + length) // block) * block
-    canvas = torch.full((1, total), MASK)
-    canvas[:, :given] = prompt
-    for start in range(given // block * block, total, block):
-        post = 0
-        while True:
-            old = canvas[0, start : start + block].clone()
-            unknown = old == MASK
-            post += not unknown.any()
-            if post > max_post_steps:
-                break
-            calls += 1
-            logits = pipe.logits(canvas[:, : start + block], visibility=f"block:{block}")
-            confidence, tokens = logits[0, start:].softmax(-1).max(-1)
-            ranked = confidence.masked_fill(~unknown, -torch.inf)
-            fill = ranked > threshold
-            if fill.sum() < num_to_transfer:
-                fill[ranked.topk(min(num_to_transfer, int(unknown.sum()))).indices] = True
-            edit = ~unknown & (torch.arange(start, start + block) >= given)
-            edit &= (confidence > editing_threshold) & (tokens != old)
-            canvas[0, start : start + block] = torch.where(fill | edit, tokens, old)
-            if not unknown.any() and not edit.any():
-                break
-    return canvas[:, given : given + length], calls
+@pytest.mark.parametrize("use_cache", [None, False])
+@pytest.mark.parametrize("case", MORE["llada2"], ids=lambda case: str(case["params"]))
+def test_other_blocks_steps_and_ends_too(pipe, case, use_cache) -> None:
+    answer, calls = generate(pipe, case["prompt"], use_cache=use_cache, **options(case["params"]))
+    assert_same(pipe, answer, case)
+    assert calls == case["nfe"]
+
+
+def editing(params: dict) -> dict:
+    """The arguments of 2.1's generate under our names, two of which it never reads; its end of sequence apart."""
+    unused = ("gen_length", "eos_id", "eos_early_stop", "steps", "minimal_topk")
+    kept = {name: value for name, value in params.items() if name not in unused}
+    return {"num_to_transfer": 1, "max_new_tokens": params["gen_length"], **kept}
 
 
 @pytest.mark.parametrize("use_cache", [None, False])
-@pytest.mark.parametrize(
-    ("prompt", "settings"),
-    [
-        ("p9", {"threshold": 0.3, "editing_threshold": 0.9}),
-        ("p9", {"threshold": 0.3, "editing_threshold": 0.2, "max_post_steps": 4}),
-        ("p8", {"threshold": 0.2, "editing_threshold": 0.3, "max_post_steps": 2}),
-        ("p9", {"threshold": 0.9, "num_to_transfer": 2, "editing_threshold": 0.3, "max_post_steps": 3}),
-        ("p3", {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 1}),
-    ],
-    ids=str,
-)
-def test_editing_takes_the_steps_of_llada2_1(pipe, prompt, settings, use_cache) -> None:
-    chosen = {"num_to_transfer": 1, **settings}
-    out = pipe.generate(
-        INPUTS[prompt], max_new_tokens=16, block_length=8, eos_token_id=[], use_cache=use_cache, **chosen
-    )
-    answer, calls = edited(pipe, INPUTS[prompt], **chosen)
-    assert torch.equal(out.sequences[:, -16:], answer)
-    assert int(out.num_forwards) == calls
+@pytest.mark.parametrize("case", MORE["llada21"], ids=lambda case: str(case["params"]))
+def test_editing_makes_the_calls_of_llada2_1_and_finds_its_tokens(pipe, case, use_cache) -> None:
+    """Its eos_early_stop=False fills every block and then cuts the answer at its end; here that is never computed."""
+    params, ends = case["params"], [case["params"]["eos_id"]]
+    early, eos_token_id = params.get("eos_early_stop", False), [] if ends == [-1] else ends
+    answer, calls = generate(pipe, case["prompt"], use_cache=use_cache, eos_token_id=eos_token_id, **editing(params))
+    assert_same(pipe, answer, case)
+    if not early:
+        assert calls <= case["nfe"]
+        _, calls = generate(pipe, case["prompt"], use_cache=use_cache, eos_token_id=[], **editing(params))
+    assert calls == case["nfe"]
+
+
+@pytest.mark.parametrize("case", MORE["llada21"][:4], ids=lambda case: str(case["params"]))
+def test_a_row_of_a_batch_is_edited_as_it_is_alone(pipe, case) -> None:
+    prompts = [other["prompt"] for other in MORE["llada21"][:6]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(own)) + own for own in prompts])
+    mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts])
+    out = pipe.generate(ids, mask, eos_token_id=[], **editing(case["params"]))
+    for row, prompt in enumerate(prompts):
+        answer, calls = generate(pipe, prompt, eos_token_id=[], **editing(case["params"]))
+        assert out.sequences[row, width:].tolist() == answer
+        assert out.num_forwards[row] == calls
