@@ -24,8 +24,9 @@ from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.denoise import Predict
+from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
-from dmllm.samplers.rules import estimate
+from dmllm.samplers.stream import Stream
 from dmllm.types import PADDING, TEXT, Batch
 
 
@@ -85,14 +86,19 @@ def prepare(
     canvas = whole_blocks(lengths, length, config.block_length, mask_id, **calls)
     with torch.no_grad():
         stream, _, positions = _streams(model, prompts, canvas.ids.shape[1], mask_id if scale else None)
+    width = canvas.ids.shape[1]
     predict = BlockPredictor(
-        model,
-        stream,
-        positions,
-        lengths.repeat(2 if scale else 1),
+        Stream(
+            model,
+            stream,
+            positions,
+            lengths.repeat(2 if scale else 1),
+            width,
+            f"block:{config.block_length}",
+            None if use_cache is False else KVCache(stream.shape[1] + width),
+        ),
         canvas,
         cfg_scale=scale,
-        use_cache=use_cache is not False,
         sub_block_length=(config.sub_block_length or config.block_length) if config.sub_block_cache else None,
     )
     return predict, canvas, config
@@ -109,6 +115,9 @@ class _Prompts:
 
     def select(self, rows: Tensor) -> _Prompts:
         cache = None if self.cache is None else self.cache.select(rows)
+        if cache is not None:
+            first, size = self.stream.shape[1], self.visibility.rank.shape[1]
+            cache.put(torch.arange(first, size, device=rows.device).expand(len(rows), -1))
         positions = self.positions.index_select(-2, rows)
         return _Prompts(self.stream[rows], positions, self.visibility.select(rows), cache)
 
@@ -202,16 +211,17 @@ class Predictor:
                     "change; leave use_cache out."
                 )
             return None
-        cache = KVCache()
-        none = torch.zeros(0, dtype=torch.int64, device=stream.device)
+        batch, places = len(stream), torch.arange(visibility.rank.shape[1], device=stream.device)
+        cache = KVCache(len(places))
+        cache.put(places[:given].expand(batch, -1))
         self.model(
             inputs_embeds=stream,
             positions=positions[..., :given],
             visibility=_columns(visibility, slice(given)),
             cache=cache,
-            rows=none,
+            rows=places[:0].expand(batch, -1),
         )
-        cache.storing = False
+        cache.put(places[given:].expand(batch, -1))
         return cache
 
 

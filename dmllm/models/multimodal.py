@@ -179,12 +179,12 @@ class MultimodalModel(PreTrainedModel):
                 image_features = self.encode_images(pixel_values, image_resizes, image_grids)
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
-        context = None if cache is None else cache.visibility
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
         hidden = output.hidden
         if self.config.shift:
-            hidden = predicting_rows(hidden, places(positions), visibility, cache, context)
-        hidden = gather_rows(hidden, rows)
+            hidden = predicting_rows(hidden, places(positions), visibility, cache, rows)
+        else:
+            hidden = gather_rows(hidden, rows)
         return MultimodalOutput(logits=self.backbone.unembed(hidden), hidden=output.hidden, aux=output.aux)
 
     def _defaults(
@@ -255,20 +255,22 @@ class Unused(nn.Module):
 
 
 def predicting_rows(
-    hidden: Tensor, positions: Tensor, visibility: Visibility, cache: KVCache | None, context: Visibility | None
+    hidden: Tensor, positions: Tensor, visibility: Visibility, cache: KVCache | None, rows: Tensor | None
 ) -> Tensor:
-    """Hidden rows [B, L, D] in the places of the tokens that they predict, for models whose logits are shifted by one.
+    """The hidden rows that predict `rows` (as of `gather_rows`), for models whose logits are shifted by one.
 
-    A token is predicted by the row that it sees at the position before its own, in the cache too (`context` is what
-    that held before this forward); the first of a document, which sees none, by its own row.
+    A token is predicted by the row that it sees at the position before its own, in the cache too; the first of a
+    document, which sees none, by its own row.
     """
-    known, places = hidden, positions
+    asked = rows if rows is not None and rows.ndim == 2 else torch.arange(hidden.shape[1], device=hidden.device)
+    asked = asked.expand(len(hidden), -1)
     if cache is not None:
-        known, places = cache.recall(hidden, positions)
-    before = visibility.dense(context)[:, 0] & (places[:, None] == positions[:, :, None] - 1)  # [B, L, K]
-    own = torch.arange(hidden.shape[1], device=hidden.device) + known.shape[1] - hidden.shape[1]
-    row = torch.where(before.any(-1), before.int().argmax(-1), own)
-    return known.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
+        found = cache.predicting(hidden, positions, visibility, asked)
+    else:
+        before = visibility.take(asked).dense(visibility, asked)[:, 0]  # [B, K, L]
+        before &= positions[:, None] == positions.gather(1, asked)[..., None] - 1
+        found = gather_rows(hidden, torch.where(before.any(-1), before.int().argmax(-1), asked))
+    return found if rows is None or rows.ndim == 2 else gather_rows(found, rows)
 
 
 def gather_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,12 +1,16 @@
 """Keys and values of rows that need not be computed again, as an object passed to the backbone.
 
-`KVCache` is exact where what is stored cannot see what comes later: the prompt of a prefix model, finished blocks of a
-block-causal model, everything of a causal one. The stored rows keep their rank, stream and document, so that the
-visibility rule alone decides who sees them. `PlacedCache` has a place for every row there will be, which each row of
-the batch fills at its own pace and may fill again.
+Every row of the stream has a place. A forward writes the rows it is fed into theirs, and they see what stands in all
+of them: their own keys and those of earlier calls. Whether that changes the result is for the caller to say (`exact`):
+it does not where what is kept cannot see what is fed. The rows in place keep their rank, stream and document, so that
+the visibility rule alone decides who sees them.
+
+Shapes: B rows of the batch, L rows fed, S places, K rows asked for, D hidden.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,150 +20,119 @@ from dmllm.types import PADDING
 
 
 class KVCache:
-    """Per-layer keys and values [B, heads, K, head_dim] of the rows stored so far.
+    """Per-layer keys and values [B, heads, S, head_dim], allocated once and written in place.
 
-    While `storing` is True a forward adds its rows; else it only looks: the same canvas can be fed again and again.
+    Args:
+        size: S. What is to be kept nowhere has the place S.
+        exact: whether the rows to come are as they would be with everything fed anew.
     """
 
-    exact = True
-
-    def __init__(self) -> None:
-        self.visibility: Visibility | None = None
-        self.storing = True
+    def __init__(self, size: int, *, exact: bool = True) -> None:
+        self.size, self.exact = size, exact
+        self.plan: dict[str, Any] = {}  # what follows from the places alone: the mask, rotary tables
+        self._places: Tensor | None = None
+        self._run: slice | None = None  # the places, where they are the same run in every row
+        self._reach = 0  # places in use
+        self._rows: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}  # by name: [B, S + 1], [B, S + 1, D]
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._hidden: Tensor | None = None
-        self._positions: Tensor | None = None
 
     @property
     def length(self) -> int:
-        """Number of stored rows."""
-        return 0 if self.visibility is None else self.visibility.rank.shape[1]
+        """Places in use, from the first on."""
+        return self._reach
+
+    def put(self, places: Tensor, rows: Tensor | None = None) -> None:
+        """Where the next forwards write: `places` [B, L] int64; of the batch rows `rows` [B] alone, if given.
+
+        Given the same tensors again, what was derived from them is kept.
+        """
+        if places is self._places and rows is self._rows:
+            return
+        self._places, self._rows, self.plan, self._run = places, rows, {}, None
+        if not places.numel():
+            return
+        if places.device.type != "cpu":
+            self._reach = self.size
+            return
+        first, last = int(places[0, 0]), int(places[0, -1])
+        if last < self.size and bool((places == torch.arange(first, first + places.shape[1])).all()):
+            self._run = slice(first, last + 1)
+        self._reach = max(self._reach, int(places.masked_fill(places == self.size, -1).max()) + 1)
+
+    def keys(self, visibility: Visibility) -> tuple[Visibility, Tensor]:
+        """The rule for all places in use once the rows of `visibility` [B, L] stand in theirs, and these places."""
+        rank, canvas, document = (
+            self._write(name, value, fill)
+            for name, value, fill in (
+                ("rank", visibility.rank, 0),
+                ("canvas", visibility.canvas, False),
+                ("document", visibility.document, PADDING),
+            )
+        )
+        return Visibility(rank, canvas, document), self._at(visibility.rank)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer attends to: the stored rows followed by the new ones, [B, heads, K + L, head_dim]."""
-        if layer < len(self._keys):
-            keys = torch.cat([self._keys[layer], keys], 2)
-            values = torch.cat([self._values[layer], values], 2)
-        if self.storing:
-            if layer < len(self._keys):
-                self._keys[layer], self._values[layer] = keys, values
-            else:
-                self._keys.append(keys)
-                self._values.append(values)
-        return keys, values
+        """Keeps a layer's new keys and values [B, heads, L, head_dim]; returns those of all places in use."""
+        if layer == len(self._keys):
+            for kept, new in ((self._keys, keys), (self._values, values)):
+                batch = self._batch(new)
+                kept.append(new.new_zeros(batch, new.shape[1], self.size + 1, new.shape[3]))
+        return self._exchange(self._keys[layer], keys), self._exchange(self._values[layer], values)
 
-    def finish(self, visibility: Visibility) -> None:
-        """Called by the backbone once all layers have seen the rows of `visibility`."""
-        if self.storing:
-            known = self.visibility
-            self.visibility = visibility if known is None else Visibility.cat(known, visibility)
+    def predicting(self, hidden: Tensor, positions: Tensor, visibility: Visibility, rows: Tensor) -> Tensor:
+        """For models of which a row predicts the token after it: the hidden rows that predict `rows` [B, K].
 
-    def recall(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The stored rows' last hidden states and positions followed by these, [B, K + L, D] and [B, K + L].
-
-        For models in which a row predicts the token after it: the last stored row predicts the first new one.
+        A token is predicted by the row that it sees at the position before its own, in the place it has been left in;
+        the first of a document, which sees none, by its own row. Returns [B, K, D].
         """
-        if self._hidden is not None and self._positions is not None:
-            hidden, positions = torch.cat([self._hidden, hidden], 1), torch.cat([self._positions, positions], 1)
-        if self.storing:
-            self._hidden, self._positions = hidden, positions
-        return hidden, positions
+        known = self._write("hidden", hidden, 0)
+        where = self._write("positions", positions, -1)
+        if "before" not in self.plan:
+            sees, own = self.keys(visibility)
+            before = visibility.dense(sees, own)[:, 0] & (where[:, None] == positions[:, :, None] - 1)  # [B, L, S]
+            self.plan["before"] = torch.where(before.any(-1), before.int().argmax(-1), own)
+        row = self.plan["before"].gather(1, rows)
+        return known.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def select(self, rows: Tensor) -> KVCache:
-        """The cache of some rows of the batch (`rows` [B'] int64), when the others are finished."""
-        chosen = KVCache()
-        chosen.storing = self.storing
-        chosen.visibility = None if self.visibility is None else self.visibility.select(rows)
-        chosen._keys = [k.index_select(0, rows) for k in self._keys]
-        chosen._values = [v.index_select(0, rows) for v in self._values]
-        chosen._hidden = None if self._hidden is None else self._hidden.index_select(0, rows)
-        chosen._positions = None if self._positions is None else self._positions.index_select(0, rows)
+        """A copy for some rows of the batch (`rows` [B'] int64), when the others are finished."""
+        chosen = KVCache(self.size, exact=self.exact)
+        chosen._reach = self._reach
+        chosen._kept = {name: kept.index_select(0, rows) for name, kept in self._kept.items()}
+        chosen._keys = [kept.index_select(0, rows) for kept in self._keys]
+        chosen._values = [kept.index_select(0, rows) for kept in self._values]
         return chosen
 
+    def _at(self, like: Tensor) -> Tensor:
+        """The places of the rows now fed, [B, L]."""
+        assert self._places is not None, "put() says where rows are written"
+        assert self._places.shape == like.shape[:2], (self._places.shape, like.shape)
+        return self._places
 
-class PlacedCache(KVCache):
-    """Keys and values in `size` places of each batch row: a forward writes row l of its stream at `places[:, l]`.
+    def _batch(self, new: Tensor) -> int:
+        """Rows of the batch, all of which were fed first."""
+        known = next(iter(self._kept.values()), new)
+        return known.shape[0]
 
-    What is to be stored nowhere has the place `size`. Places not yet written are PADDING, which no row sees; layers
-    attend to as many as are in use by any row.
-    """
+    def _write(self, name: str, new: Tensor, fill: int) -> Tensor:
+        """Keeps values [B, L, ...] by name; returns those of all places in use."""
+        places = self._at(new)
+        if name not in self._kept:
+            self._kept[name] = new.new_full((self._batch(new), self.size + 1, *new.shape[2:]), fill)
+        kept = self._kept[name]
+        row = self._rows if self._rows is not None else torch.arange(len(new), device=new.device)
+        kept[row[:, None], places] = new
+        return (kept if self._rows is None else kept[self._rows])[:, : self._reach]
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.places: Tensor | None = None  # [B, L], set before each forward
-        self._in_use = self._recalled = 0
-        self._stored: Visibility | None = None
-
-    @property
-    def visibility(self) -> Visibility | None:
-        """The rows that layers attend to besides the new ones, [B, in use]."""
-        if self._stored is None or not self._in_use:
-            return None
-        rule, now = self._stored, slice(self._in_use)
-        return Visibility(rule.rank[:, now], rule.canvas[:, now], rule.document[:, now])
-
-    @visibility.setter
-    def visibility(self, value: Visibility | None) -> None:
-        self._stored = value
-
-    def forget(self, first: Tensor, end: Tensor) -> None:
-        """No row sees what is stored at the places `first` to `end` [B] from now on, until it is written anew."""
-        if self._stored is not None:
-            rule, place = self._stored, torch.arange(self.size + 1, device=first.device)
-            gone = (place >= first[:, None]) & (place < end[:, None])
-            self._stored = Visibility(rule.rank, rule.canvas, rule.document.masked_fill(gone, PADDING))
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer attends to: the places in use followed by the new rows, [B, heads, K + L, head_dim]."""
-        if layer == len(self._keys):
-            shape = (*keys.shape[:2], self.size + 1, keys.shape[3])
-            self._keys.append(keys.new_zeros(shape))
-            self._values.append(values.new_zeros(shape))
-        seen = [torch.cat([kept[layer][:, :, : self._in_use], new], 2)
-                for kept, new in ((self._keys, keys), (self._values, values))]  # fmt: skip
-        assert self.places is not None
-        where = self.places[:, None, :, None].expand_as(keys)
-        self._keys[layer].scatter_(2, where, keys)
-        self._values[layer].scatter_(2, where, values)
-        return seen[0], seen[1]
-
-    def finish(self, visibility: Visibility) -> None:
-        """Called by the backbone once all layers have seen the rows of `visibility`."""
-        assert self.places is not None
-        if self._stored is None:
-            none = visibility.document.new_zeros(len(visibility.document), self.size + 1)
-            self._stored = Visibility(none, none.bool(), torch.full_like(none, PADDING))
-        old, new = self._stored, visibility
-        self._stored = Visibility(
-            old.rank.scatter(1, self.places, new.rank),
-            old.canvas.scatter(1, self.places, new.canvas),
-            old.document.scatter(1, self.places, new.document),
-        )
-        written = self.places.masked_fill(self.places == self.size, -1)
-        self._in_use = max(self._in_use, int(written.max()) + 1 if written.numel() else 0)
-
-    def recall(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `KVCache`: the last hidden states and positions of the places in use before, followed by these."""
-        assert self.places is not None
-        if self._hidden is None or self._positions is None:
-            self._hidden = hidden.new_zeros(len(hidden), self.size + 1, hidden.shape[2])
-            self._positions = positions.new_full((len(hidden), self.size + 1), -1)
-        known = torch.cat([self._hidden[:, : self._recalled], hidden], 1)
-        places = torch.cat([self._positions[:, : self._recalled], positions], 1)
-        self._hidden = self._hidden.scatter(1, self.places[..., None].expand_as(hidden), hidden)
-        self._positions = self._positions.scatter(1, self.places, positions)
-        self._recalled = self._in_use
-        return known, places
-
-    def select(self, rows: Tensor) -> PlacedCache:
-        """The cache of some rows of the batch (`rows` [B'] int64), when the others are finished."""
-        chosen = PlacedCache(self.size)
-        chosen._in_use, chosen._recalled = self._in_use, self._recalled
-        chosen._stored = None if self._stored is None else self._stored.select(rows)
-        chosen._keys = [k.index_select(0, rows) for k in self._keys]
-        chosen._values = [v.index_select(0, rows) for v in self._values]
-        chosen._hidden = None if self._hidden is None else self._hidden.index_select(0, rows)
-        chosen._positions = None if self._positions is None else self._positions.index_select(0, rows)
-        return chosen
+    def _exchange(self, kept: Tensor, new: Tensor) -> Tensor:
+        if self._run is not None and self._rows is None:
+            kept[:, :, self._run] = new
+            return kept[:, :, : self._reach]
+        assert self._places is not None
+        part = kept if self._rows is None else kept[self._rows]
+        part.scatter_(2, self._places[:, None, :, None].expand_as(new), new)
+        if self._rows is not None:
+            kept[self._rows] = part
+        return part[:, :, : self._reach]

@@ -32,30 +32,36 @@ class Visibility:
     canvas: Tensor  # [B, L] bool: True on the canvas (being denoised), False in the context (given)
     document: Tensor  # [B, L] int64: 0, 1, ..., or PREFIX, or PADDING
 
-    def dense(self, context: Visibility | None = None) -> Tensor:
+    def dense(self, keys: Visibility | None = None, own: Tensor | None = None) -> Tensor:
         """The mask for SDPA, [B, 1, Q, K] bool, True where row q sees row k.
 
-        With `context` (rows whose keys are cached) the keys are those rows followed by these.
+        Args:
+            keys: the rows that may be seen; None is these rows themselves.
+            own: [B, Q], which of the keys each row is; None is the last Q in order.
         """
-        keys = self if context is None else Visibility.cat(context, self)
+        keys, own = self._among(keys, own)
         q, k = self._columns(-1), keys._columns(-2)
-        offset = keys.rank.shape[1] - self.rank.shape[1]
-        row = torch.arange(self.rank.shape[1], device=self.rank.device)
-        same_row = (row[:, None] + offset) == torch.arange(keys.rank.shape[1], device=row.device)
-        return (visible(*q, *k) | same_row)[:, None]
+        itself = own[..., None] == torch.arange(keys.rank.shape[1], device=own.device)
+        return (visible(*q, *k) | itself)[:, None]
 
-    def flex(self, context: Visibility | None = None) -> BlockMask:
+    def flex(self, keys: Visibility | None = None, own: Tensor | None = None) -> BlockMask:
         """The same mask for flex attention, which skips the blocks in which nothing is seen."""
-        keys = self if context is None else Visibility.cat(context, self)
-        offset = keys.rank.shape[1] - self.rank.shape[1]
+        keys, own = self._among(keys, own)
 
         def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
             query = (self.rank[b, q], self.canvas[b, q], self.document[b, q])
             key = (keys.rank[b, k], keys.canvas[b, k], keys.document[b, k])
-            return visible(*query, *key) | (q + offset == k)
+            return visible(*query, *key) | (own[b, q] == k)
 
         batch, length = self.rank.shape
         return create_block_mask(sees, batch, None, length, keys.rank.shape[1], device=str(self.rank.device))
+
+    def _among(self, keys: Visibility | None, own: Tensor | None) -> tuple[Visibility, Tensor]:
+        keys = self if keys is None else keys
+        if own is None:
+            length, offset = self.rank.shape[1], keys.rank.shape[1] - self.rank.shape[1]
+            own = torch.arange(offset, offset + length, device=self.rank.device).expand_as(self.rank)
+        return keys, own
 
     def _columns(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.rank.unsqueeze(dim), self.canvas.unsqueeze(dim), self.document.unsqueeze(dim)
@@ -63,6 +69,10 @@ class Visibility:
     def select(self, rows: Tensor | slice) -> Visibility:
         """The same rule for some rows of the batch."""
         return Visibility(self.rank[rows], self.canvas[rows], self.document[rows])
+
+    def take(self, columns: Tensor) -> Visibility:
+        """The same rule for the rows at `columns` [B, K] of each stream."""
+        return Visibility(*(value.gather(1, columns) for value in (self.rank, self.canvas, self.document)))
 
     @staticmethod
     def cat(*parts: Visibility) -> Visibility:

@@ -57,14 +57,16 @@ def test_a_prompt_in_the_cache_gives_the_logits_of_the_whole_stream():
     look = layout("prefix", documents=documents, canvas=canvas)
     whole = model(ids, positions=positions, visibility=look).logits
     head, tail = (Visibility(look.rank[:, s], look.canvas[:, s], look.document[:, s]) for s in (slice(5), slice(5, 9)))
-    cache = KVCache()
+    cache = KVCache(9)
+    cache.put(torch.arange(5).expand(2, -1))
     model(ids[:, :5], positions=positions[:, :5], visibility=head, cache=cache)
-    cache.storing = False
-    for _ in range(2):  # looking leaves no trace
+    assert cache.length == 5
+    cache.put(torch.arange(5, 9).expand(2, -1))
+    for _ in range(2):  # writing anew leaves no trace
         again = model(ids[:, 5:], positions=positions[:, 5:], visibility=tail, cache=cache).logits
         assert torch.allclose(again, whole[:, 5:], atol=1e-5)
-    assert cache.length == 5
     one = cache.select(torch.tensor([1]))
+    one.put(torch.arange(5, 9)[None])
     alone = model(ids[1:, 5:], positions=positions[1:, 5:], visibility=tail.select(torch.tensor([1])), cache=one).logits
     assert torch.allclose(alone, whole[1:, 5:], atol=1e-5)
 

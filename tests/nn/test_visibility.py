@@ -11,7 +11,7 @@ def rows(*values: int) -> torch.Tensor:
 
 
 def mask(visibility: Visibility, context: Visibility | None = None) -> list[list[int]]:
-    return visibility.dense(context)[0, 0].int().tolist()
+    return visibility.dense(None if context is None else Visibility.cat(context, visibility))[0, 0].int().tolist()
 
 
 def test_full_layout_sees_all_of_its_document_and_nothing_else():

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmllm.models.backbones.transformer import Attention, Output, TransformerConfig, attention_mask
 from dmllm.nn.cache import KVCache
+from dmllm.nn.feed_forward import GELUFeedForward
 from dmllm.nn.ragged import Ragged
 from dmllm.nn.rope import rotary_tables
 from dmllm.nn.visibility import Visibility
@@ -83,18 +84,6 @@ class NoiseEmbedding(nn.Module):
         return F.silu(self.down_proj(F.silu(self.up_proj(waves))))
 
 
-class FeedForward(nn.Module):
-    """GELU (its tanh form) between two layers."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.up_proj = nn.Linear(width, 4 * width)
-        self.down_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """Attention, then feed-forward, each shifted, scaled and gated by the condition."""
 
@@ -104,7 +93,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.LayerNorm(width, bias=False)
         self.self_attn = Attention(config.transformer, layer)
         self.post_attention_layernorm = nn.LayerNorm(width, bias=False)
-        self.mlp = FeedForward(width)
+        self.mlp = GELUFeedForward(width, 4 * width)
         self.modulation = nn.Linear(config.cond_dim, 6 * width)
 
     def forward(
@@ -177,8 +166,6 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, condition, rotary, mask, cache, use_reentrant=False)
             else:
                 x = block(x, condition, rotary, mask, cache)
-        if cache is not None:
-            cache.finish(visibility)
         x = modulate(self.norm(x), *self.modulation(condition).chunk(2, -1))
         return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, {})
 

@@ -224,7 +224,11 @@ class Transformer(nn.Module):
             several = positions.ndim == 3
             positions = torch.stack([mask.gather(p) for p in positions]) if several else mask.gather(positions)
         sections, interleaved = config.mrope_section, config.mrope_interleaved
-        rotary = rotary_tables(positions, config.rotary_width, config.rope_theta, x.dtype, sections, interleaved)
+        plan = {} if cache is None else cache.plan
+        if "rotary" not in plan:
+            width, theta = config.rotary_width, config.rope_theta
+            plan["rotary"] = rotary_tables(positions, width, theta, x.dtype, sections, interleaved)
+        rotary = plan["rotary"]
         routings = []
         x, *later = x.split(config.hidden_size, -1)
         for number, block in enumerate(self.layers):
@@ -236,8 +240,6 @@ class Transformer(nn.Module):
                 x = x + later[number]
             if self.training and routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.finish(visibility)
         real = None if isinstance(mask, Ragged) else (visibility.document != PADDING).flatten()
         aux = balance(routings, real) if routings else {}
         x = self.norm(x)
@@ -257,12 +259,20 @@ class Transformer(nn.Module):
 
 def attention_mask(
     form: str, visibility: Visibility, cache: KVCache | None, device: torch.device
-) -> Tensor | BlockMask | Ragged:
-    """The rule in `form`, or in the one that this device computes best; rows behind a cache keep to masked forms."""
+) -> Tensor | BlockMask | Ragged | None:
+    """The rule in `form`, or in the one that this device computes best; None hides nothing.
+
+    Rows with a cache keep to masked forms, made once as long as they are fed in the same places.
+    """
     if cache is None and (form == "ragged" or (form in ("auto", "eager") and device.type == "cpu")):
         return ragged(visibility, fused=form != "eager")
-    context = None if cache is None else cache.visibility
-    return visibility.flex(context) if form == "flex" else visibility.dense(context)
+    if cache is None:
+        return visibility.flex() if form == "flex" else visibility.dense()
+    if "mask" not in cache.plan:
+        keys, own = cache.keys(visibility)
+        mask = visibility.flex(keys, own) if form == "flex" else visibility.dense(keys, own)
+        cache.plan["mask"] = None if device.type == "cpu" and bool(mask.all()) else mask
+    return cache.plan["mask"]
 
 
 _flex = torch.compile(flex_attention, dynamic=False)
