@@ -21,7 +21,7 @@ from dmllm.checkpoints.native import write_native
 from dmllm.checkpoints.weights import refuse_keys, save_shards, shown, weight_files
 from dmllm.config import to_dict
 from dmllm.families import FAMILIES, Family
-from dmllm.families.family import Key, matches, to_ours, to_theirs, whole_of
+from dmllm.families.family import Key, check_fields, matches, to_ours, to_theirs, whole_of
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 
@@ -37,6 +37,7 @@ def read_published(
     """
     try:
         ours = DmllmConfig(**family.config(config), family=family.name, published=dict(config))
+        check_fields(config)
         with init_empty_weights(include_buffers=False):
             model = MultimodalModel(ours)
     except ValueError as error:

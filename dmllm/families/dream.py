@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmllm.families.family import Family, Fields, Rename, need, require
+from dmllm.families.family import Family, Fields, Rename, need, require, rope_theta
 
 LAYER = "model.layers.{n}."
 KEYS = (
@@ -56,14 +56,14 @@ EXAMPLE = {
 
 def backbone(config: Fields) -> dict[str, Any]:
     """The fields of `TransformerConfig` from those that Llama, Qwen2 and Qwen3 share."""
-    require(config, hidden_act="silu", rope_scaling=None, use_sliding_window=(False, None), mlp_bias=(False, None))
+    require(config, hidden_act="silu", use_sliding_window=(False, None), mlp_bias=(False, None))
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return {
         **{name: need(config, name) for name in names},
         "num_key_value_heads": config.get("num_key_value_heads") or need(config, "num_attention_heads"),
         "head_dim": config.get("head_dim"),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": config.get("rope_theta") or need(config.get("rope_parameters", {}), "rope_theta"),
+        "rope_theta": rope_theta(config),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
     }
 

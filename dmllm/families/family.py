@@ -133,6 +133,52 @@ def require(config: Fields, **expected: Any) -> None:
             )
 
 
+def check_fields(config: Fields) -> None:
+    """Raise ValueError for what no family computes, also where its authors' code would pass it by: weights stored as
+    codes, attention in windows, stretched rotary positions."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        if quantised := part.get("quantization_config"):
+            kind = quantised.get("quant_method", "quantised")
+            raise ValueError(
+                f"config.json: quantization_config says that the weights are stored as {kind} codes, which are not "
+                "read; take the checkpoint that they were made from."
+            )
+        if part.get("use_sliding_window") and part.get("sliding_window") is not None:
+            raise ValueError(
+                f"config.json: use_sliding_window=True with sliding_window={part['sliding_window']} is not supported; "
+                "use_sliding_window=False is."
+            )
+        if windows := sorted({str(kind) for kind in part.get("layer_types") or ()} - {"full_attention"}):
+            raise ValueError(f"config.json: layer_types has {', '.join(windows)}; only full_attention is supported.")
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = part.get(name) or {}
+            if rope.get("rope_type", rope.get("type")) not in (None, "default", "mrope"):
+                raise ValueError(f"config.json: {name}={dict(rope)} is not supported; null is, and rope_type default.")
+
+
+def rope_theta(config: Fields) -> float:
+    """The base of the rotary wavelengths, from rope_theta or, as transformers 5 writes it, rope_parameters.
+
+    Raises:
+        ValueError: there is none, or two; or positions are stretched, or turn a part of the features.
+    """
+    require(config, partial_rotary_factor=(1.0, None))
+    plain = {"rope_type", "type", "rope_theta"}
+    bases = {config["rope_theta"]} if config.get("rope_theta") is not None else set()
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        if rope.keys() - plain or rope.get("rope_type", rope.get("type")) not in (None, "default"):
+            raise ValueError(f"config.json: {name}={dict(rope)} is not supported; None is, and rope_type default.")
+        if rope.get("rope_theta") is not None:
+            bases.add(rope["rope_theta"])
+    if len(bases) > 1:
+        raise ValueError(f"config.json says several rope_theta: {', '.join(map(str, sorted(bases)))}; keep one.")
+    if not bases:
+        raise ValueError("config.json lacks rope_theta.")
+    return bases.pop()
+
+
 def need(config: Fields, name: str, *others: str) -> Any:
     """The first of these fields that is there and not null. Raises ValueError if none is."""
     for key in (name, *others):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmllm.families.family import Family, Fields, Rename, Stack, need, require
+from dmllm.families.family import Family, Fields, Rename, Stack, need, require, rope_theta
 
 LAYER = "model.layers.{n}."
 OURS = "backbone.layers.{n}."
@@ -46,7 +46,6 @@ def backbone(config: Fields) -> dict[str, Any]:
     require(
         config,
         hidden_act="silu",
-        rope_scaling=None,
         attention_bias=(False, None),
         clip_qkv=None,
         shared_expert_intermediate_size=None,
@@ -67,7 +66,7 @@ def backbone(config: Fields) -> dict[str, Any]:
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "intermediate_size": config.get("dense_intermediate_size"),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
-        "rope_theta": config.get("rope_theta") or need(config.get("rope_parameters") or {}, "rope_theta"),
+        "rope_theta": rope_theta({**config, "partial_rotary_factor": None}),
         "rotary_dim": rotary,
         "qk_norm": bool(config.get("qk_layernorm")),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
