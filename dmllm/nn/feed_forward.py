@@ -1,4 +1,4 @@
-"""The gated feed-forward of Llama, Qwen and LLaDA: SwiGLU (Shazeer, arXiv:2002.05202)."""
+"""Feed-forwards: SwiGLU (Shazeer, arXiv:2002.05202) of Llama, Qwen and LLaDA, and GPT-2's and MDLM's with GELU."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GELUFeedForward(nn.Module):
+    """Rows [..., width] -> [..., width] through GELU (its tanh form) of `inner` features, with biases."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
