@@ -1,8 +1,9 @@
 """Fast-dLLM v2: Qwen2.5 in blocks of 32, each seen whole and those before it; the row before a position predicts it.
 
 Of generate's arguments small_block_size is `sub_block_length`, block_size `block_length`, use_block_cache
-`sub_block_cache`. It fills max_new_tokens // block_size blocks, the one in which the prompt of P tokens ends being the
-first, and adds the token after them: here max_new_tokens = blocks * block_size - P % block_size + 1, in as many calls.
+`sub_block_cache`; so are batch_sample's. It fills max_new_tokens // block_size blocks, the one in which the prompt of P
+tokens ends being the first, and adds the token after them: here max_new_tokens = blocks * block_size - P % block_size
++ 1, in as many calls.
 
 The configuration adds `bd_size`, the block. The mask and stop tokens are arguments of the authors' `generate`; their
 defaults, words of Qwen2.5's vocabulary, hold where config.json does not say (`mask_token_id`, `eos_token_id`).
@@ -30,7 +31,10 @@ def to_dmllm(config: Fields) -> dict[str, Any]:
     mask = config.get("mask_token_id")
     if mask is None:
         if known <= MASK:
-            raise ValueError(f"config.json lacks mask_token_id; the usual {MASK} is beyond vocab_size={known}.")
+            raise ValueError(
+                f"config.json lacks mask_token_id; the usual {MASK} is beyond vocab_size={known}. Type: "
+                'load(..., config={"mask_token_id": N}).'
+            )
         mask = MASK
     eos = config.get("eos_token_id")
     if eos is None:
@@ -63,11 +67,29 @@ FAST_DLLM_V2 = Family(
         "prompt_first": True,
     },
     decode_of=lambda config: {"sub_block_length": gcd(8, config.get("bd_size", 32))},
-    verified="logits against transformers' Qwen2: tests/families/test_fast_dllm_v2.py; generations and forwards "
-    "against the authors' loop written out on it: tests/families/test_fast_dllm_v2_decode.py (nothing recorded)",
+    verified="logits in blocks and causal: tests/families/test_fast_dllm_v2.py; generations, forwards and batches: "
+    "tests/families/test_fast_dllm_v2_decode.py",
     quirks=(
         ("A prompt of exactly one block is not read: it is neither stored nor fed", "fixed", "it is the context"),
         ("Inside a block the calls use blocks of 32, whatever block_size is", "fixed", "they use bd_size"),
+        (
+            "batch_sample overwrites the last prompt token of the longest row where it is the first of a block that "
+            "another row has yet to reach",
+            "fixed",
+            "a row of a batch is what generate gives for it alone",
+        ),
+        (
+            "batch_sample predicts the first token behind a prompt of whole blocks from its own place, where another "
+            "row is shorter by a block and another longer",
+            "fixed",
+            "as above",
+        ),
+        (
+            "batch_sample goes on behind a stop token that is the first of a block, and feeds whole blocks while the "
+            "first token of a sub-block is open in any row, with use_block_cache",
+            "fixed",
+            "as above",
+        ),
     ),
     example={
         "architectures": ["Fast_dLLM_QwenForCausalLM"],

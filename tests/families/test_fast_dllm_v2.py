@@ -1,4 +1,4 @@
-"""Fast-dLLM v2: Qwen2.5 in blocks, against transformers' Qwen2, whose shape and weights it has."""
+"""Fast-dLLM v2: Qwen2.5 in blocks, as recorded, and against transformers' Qwen2, whose shape and weights it has."""
 
 import json
 
@@ -9,6 +9,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dmllm.checkpoints.published import write_published
 from dmllm.pipeline import load
+from tests.families.recorded import Recorded, assert_written_back
+
+RECORDED = Recorded("fast_dllm_v2")
 
 SHAPE = {
     "vocab_size": 120,
@@ -74,6 +77,19 @@ def shifted(qwen, ids, sees: torch.Tensor) -> torch.Tensor:
     bias = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
     logits = qwen(ids, attention_mask=bias[None, None].expand(len(ids), 1, -1, -1)).logits
     return torch.cat([logits[:, :1], logits[:, :-1]], 1)
+
+
+@pytest.mark.parametrize(
+    ("visibility", "name"), [(None, "logits"), ("block:4", "logits_blocks_of_4"), ("causal", "logits_causal")]
+)
+def test_logits_are_the_authors(visibility, name):
+    ours = RECORDED.load().logits(RECORDED.inputs["input_ids"], visibility=visibility)
+    theirs = RECORDED.expected[name]
+    assert (ours - torch.cat([theirs[:, :1], theirs[:, :-1]], 1)).abs().max() < 1e-4
+
+
+def test_the_recorded_checkpoint_is_written_back(tmp_path):
+    assert_written_back(RECORDED.load(), RECORDED, tmp_path)
 
 
 def test_a_block_sees_itself_and_those_before_it_and_the_row_before_predicts(pipe, qwen, ids):
