@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 
+from dmllm.checkpoints.causes import of_shape
 from dmllm.checkpoints.native import write_native
 from dmllm.checkpoints.weights import refuse_keys, save_shards, shown, weight_files
 from dmllm.config import to_dict
@@ -100,7 +101,7 @@ class _Filling:
         if values.shape != shape:
             raise ValueError(
                 f"{self.folder} ({self.family.title}): {name} is {list(values.shape)}, but config.json makes it "
-                f"{list(shape)} ({ours})."
+                f"{list(shape)} ({ours}). {of_shape(name)}"
             )
         values = values.to(device=self.device, dtype=self.dtype or values.dtype)
         if place is None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmllm.checkpoints import causes
 from dmllm.hub import find, pickle_advice
 
 WEIGHTS = "model.safetensors|model.safetensors.index.json"
@@ -92,8 +93,10 @@ def save_shards(weights: Mapping[str, Tensor], folder: Path, *, size: int = SHAR
 
 
 def refuse_keys(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, what: str) -> None:
-    """Raise ValueError that names the weights `where` lacks for `what`, and those that `what` has no place for."""
-    found = [(title, sorted(keys)) for title, keys in (("lacks", missing), ("has unexpected", unexpected))]
+    """Raise ValueError that names the weights `where` lacks for `what`, those that `what` has no place for, and why."""
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    found = (("lacks", missing), ("has unexpected", unexpected))
     said = [f"{title} {', '.join(keys[:8])} ({len(keys)} in all)" for title, keys in found if keys]
     if said:
-        raise ValueError(f"{where} does not fit {what}: it {' and '.join(said)}.")
+        cause = causes.of_names(missing, unexpected)
+        raise ValueError(f"{where} does not fit {what}: it {' and '.join(said)}. {cause}")
