@@ -91,7 +91,7 @@ DREAM = Family(
     ignored=(r".*rotary_emb\.inv_freq",),
     tokenizer="Qwen2Tokenizer",
     decode={"max_new_tokens": 128, "schedule": "time", "remasking": "entropy", "count_mask": True},
-    verified="logits, generations, forwards: tests/families/test_dream.py",
+    verified="logits, generations, forwards: tests/families/test_dream.py; loss: tests/families/test_losses.py",
     quirks=(
         (
             "The rows of a batch share one quota, the mean of what is masked in them",

@@ -74,7 +74,15 @@ LAVIDA = Family(
     keys=(*llada.KEYS, *llava.TOWER_KEYS, *POOLED),
     chat_template=llava.template(llada.CHAT_TEMPLATE),
     decode=DECODE,
-    verified="tiles, features, merged streams, logits, generations, forwards: tests/families/test_lavida.py",
+    verified="tiles, features, merged streams, logits, generations, forwards: tests/families/test_lavida.py; losses: "
+    "tests/families/test_losses.py",
+    quirks=(
+        (
+            "In training, padding is attended to, at rows of zeros",
+            "objective.options.padding: hidden, the default; seen is theirs",
+            "a loss then depends on the longest row of its batch",
+        ),
+    ),
     example={
         **llada.EXAMPLE,
         "architectures": ["LlavaLladaForMaskedDiffusion"],

@@ -94,7 +94,8 @@ LLADA_V = Family(
     processor={"max_length": 16384, "tiling": {"several": "pad"}},
     decode={"max_new_tokens": 128, "block_length": 128, "count_mask": True, "fill_behind_eos": False},
     decode_of=decode_of,
-    verified="tiles, features, merged streams, logits, generations, forwards: tests/families/test_llada_v.py",
+    verified="tiles, features, merged streams, logits, generations, forwards: tests/families/test_llada_v.py; losses: "
+    "tests/families/test_losses.py",
     example={**EXAMPLE, "vision_config": TOWER_EXAMPLE},
     quirks=(
         (

@@ -6,8 +6,9 @@ A question about a picture is `<|mmu|> <|soi|> codes <|eoi|>` and then the chat 
 `ImageVocabulary.understanding`. Code 0 has the first id behind the tokenizer's (`len(tokenizer)`, 126349), not the
 first behind LLaDA's rows (`llm_vocab_size`, 126464).
 
-The authors' training runs attention with an additive bias of 1 at real tokens and 0 at padding in place of a mask, so
-that padding is seen with a weight of 1/e. Their inference does not, and neither does anything here.
+Training runs attention with an additive bias of 1 at real tokens and 0 at padding in place of a mask, so that padding
+is seen with a weight of 1/e; inference does not. Its loss of pictures is also that of the two tokens around their
+codes, which are labelled and never hidden.
 
 Not seen: the config.json on the hub. Its fields are taken to be those that the code reads.
 """
@@ -50,7 +51,7 @@ MMADA = Family(
     quirks=(
         (
             "training adds 1 to attention at real tokens and 0 at padding, in place of a mask",
-            "fixed",
+            "objective.options.padding: hidden, the default; faint is theirs",
             "padding is seen with a weight of 1/e; the authors' own inference hides it",
         ),
         (
@@ -74,5 +75,6 @@ MMADA = Family(
         "embedding_size": 384,
         "new_vocab_size": 384,
     },
-    verified="logits, answers about pictures, forwards: tests/families/test_mmada.py",
+    verified="logits, answers about pictures, forwards: tests/families/test_mmada.py; losses: "
+    "tests/families/test_losses.py",
 )

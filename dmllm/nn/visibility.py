@@ -31,6 +31,7 @@ class Visibility:
     rank: Tensor  # [B, L] int64
     canvas: Tensor  # [B, L] bool: True on the canvas (being denoised), False in the context (given)
     document: Tensor  # [B, L] int64: 0, 1, ..., or PREFIX, or PADDING
+    faint: Tensor | None = None  # [B, L] bool: rows that the others see with 1/e of their weight; None: no such rows
 
     def dense(self, keys: Visibility | None = None, own: Tensor | None = None) -> Tensor:
         """The mask for SDPA, [B, 1, Q, K] bool, True where row q sees row k.
@@ -62,6 +63,12 @@ class Visibility:
             length, offset = self.rank.shape[1], keys.rank.shape[1] - self.rank.shape[1]
             own = torch.arange(offset, offset + length, device=self.rank.device).expand_as(self.rank)
         return keys, own
+
+    def biased(self) -> Tensor:
+        """`dense` with `faint` rows, as what is added to the scores: float32 [B, 1, Q, K]."""
+        assert self.faint is not None
+        fainter = ~self.faint[:, None, :, None] & self.faint[:, None, None]
+        return (-fainter.float()).masked_fill(~self.dense(), -torch.inf)
 
     def _columns(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.rank.unsqueeze(dim), self.canvas.unsqueeze(dim), self.document.unsqueeze(dim)

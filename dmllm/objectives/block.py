@@ -41,6 +41,8 @@ class BlockConfig(MaskedConfig):
         super().__post_init__()
         if self.times not in TIMES:
             raise ValueError(f"times={self.times!r} is not one of {', '.join(TIMES)}.")
+        if self.padding != "hidden":
+            raise ValueError(f"padding={self.padding!r} is for the objective masked; under block it is hidden.")
         if self.weight == "cart":
             raise ValueError("weight='cart' is for the objective masked; under block choose elbo, clipped or none.")
 

@@ -25,10 +25,11 @@ from dmllm.nn.visibility import Visibility, layout
 from dmllm.objectives.cart import context_adaptive
 from dmllm.objectives.draws import Draws
 from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, weighted_cross_entropy
-from dmllm.objectives.views import Laid, append_canvas, repeat_batch, spread
+from dmllm.objectives.views import Laid, append_canvas, repeat_batch, show_padding, spread
 from dmllm.types import IGNORE, Batch, LossSum, SpecialTokens
 
 WEIGHTS = ("elbo", "clipped", "none", "cart")
+PADDINGS = ("hidden", "seen", "faint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,13 @@ class MaskedConfig:
     max_noise: float = 1.0
     """Largest noise probability drawn. With min_noise the range to which BD3-LM and LLaDA2 clip (for example 0.3 to
     0.8), which lowers the variance; the loss is then no longer a bound. Both 1: everything is always hidden."""
+    padding: str = "hidden"
+    """What attention makes of padding. Two legacies of published training, under which a loss depends on how far its
+    row is padded: seen as any other row (LaViDa), or faint, with 1/e of the weight (MMaDA's additive mask of 1, 0)."""
 
     def __post_init__(self) -> None:
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding={self.padding!r} is not one of {', '.join(PADDINGS)}.")
         if self.weight not in WEIGHTS:
             raise ValueError(f"weight={self.weight!r} is not one of {', '.join(WEIGHTS)}.")
         if self.reduction not in REDUCTIONS:
@@ -135,6 +141,8 @@ class Masked:
             torch.cat([batch.documents] * len(views)),
         )
         batch, look, source = self._lay_out(batch, len(views))
+        if self.config.padding != "hidden":
+            look = show_padding(look, faint=self.config.padding == "faint")
         out = spread(views, source)
         rows = out.flatten().nonzero().squeeze(1)
         return Noised(
@@ -173,6 +181,8 @@ class Masked:
                 f"The objective masked learns under visibility full or prefix, and this model's is {self.visibility}; "
                 "set model.visibility=full, or for blocks objective.name=block."
             )
+        if self.config.padding != "hidden" and self.visibility != "full":
+            raise ValueError(f"padding={self.config.padding!r} needs model.visibility=full, not {self.visibility}.")
 
     def _lay_out(self, batch: Batch, views: int) -> Laid:
         """What the model is fed for one view of a batch, or for two."""

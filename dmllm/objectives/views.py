@@ -97,6 +97,20 @@ def number_blocks(documents: Tensor, block: Tensor) -> Tensor:
     return (first.cumsum(1) - 1).clamp(min=0)
 
 
+def show_padding(look: Visibility, *, faint: bool) -> Visibility:
+    """Padding as rows of its row's one document, `faint` or not.
+
+    Raises:
+        ValueError: a row holds several documents; which one would see the padding is not said.
+    """
+    if bool(((look.document != 0) & (look.document != PADDING)).any()):
+        raise ValueError(
+            "Padding is seen only where each row is one conversation; use objective.options.padding=hidden."
+        )
+    padding = look.document == PADDING
+    return replace(look, document=torch.zeros_like(look.document), faint=padding if faint else None)
+
+
 def spread(views: list[Tensor], source: Tensor) -> Tensor:
     """What the views [B, L] say of each stream row, [B', L']; zero (False) for rows that are never noised."""
     flat = torch.cat([view.flatten() for view in views])

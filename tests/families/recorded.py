@@ -91,6 +91,22 @@ def noised(
     )
 
 
+def corrupted(objective: Any, noisy: Tensor, clean: Tensor, time: Tensor, *, scored: Tensor) -> Noised:
+    """A corruption as recorded, laid out, weighted and counted by the objective: what is hidden of what is `scored`.
+
+    `noisy`, `clean` [B, L] ids; `time` broadcasts to them. What is hidden though not scored is hidden all the same.
+    """
+    batch = Batch(
+        input_ids=torch.where(scored, clean, noisy),
+        labels=torch.where(scored, clean, IGNORE),
+        image_slots=torch.full_like(clean, TEXT),
+        documents=torch.zeros_like(clean),
+        positions=torch.arange(clean.shape[1]).expand_as(clean),
+    )
+    hidden = (noisy == objective.special.mask) & scored
+    return objective.corrupt(batch, hidden, time.expand(clean.shape))
+
+
 @torch.no_grad()
 def mean(objective: Any, model: Any, noised: Noised) -> float:
     loss = objective.loss(model, noised)["masked"]

@@ -5,7 +5,7 @@ import torch
 
 from dmllm.nn.visibility import Visibility
 from dmllm.objectives import build_objective
-from tests.families.recorded import Recorded, assert_written_back, mean, noised
+from tests.families.recorded import Recorded, assert_written_back, corrupted, mean
 
 RECORDED = Recorded("bd3lm")
 LENGTH, BLOCK = 16, 4
@@ -48,18 +48,11 @@ def test_losses_are_those_of_the_authors(pipe, case):
     clean, scored = RECORDED.inputs["x0"], RECORDED.inputs["am"].bool()
     if case == "loss_eval":
         scored = scored & (torch.arange(LENGTH) > 0)
-    positions, visibility = two_copies(3)
-    objective = build_objective("masked", {"zero_masking": True}, pipe.special, "full")
-    recorded = noised(
-        objective,
-        RECORDED.expected[f"{case}.xt"],
-        clean,
-        1 / RECORDED.expected[f"{case}.t"],
-        scored=scored,
-        visibility=visibility,
-        positions=positions,
-        suffix=clean,
-    )
+    objective = build_objective("block", {"zero_masking": True}, pipe.special, pipe.model.config.visibility)
+    noisy, time = RECORDED.expected[f"{case}.xt"], RECORDED.expected[f"{case}.t"]
+    recorded = corrupted(objective, torch.where(scored, noisy, clean), clean, time, scored=scored)
+    assert torch.equal(recorded.batch.input_ids[:, :LENGTH], clean)
+    assert torch.equal(recorded.batch.input_ids[:, LENGTH:][scored], noisy[scored])
     assert mean(objective, pipe.model, recorded) == pytest.approx(float(RECORDED.expected[f"{case}.loss"]), abs=1e-4)
 
 

@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from dmllm.checkpoints.published import write_published
-from dmllm.nn.visibility import layout
 from dmllm.objectives import build_objective
-from tests.families.recorded import Recorded, assert_written_back, mean, noised
+from tests.families.recorded import Recorded, assert_written_back, corrupted, mean
 
 RECORDED = Recorded("diffullama")
 
@@ -43,15 +42,13 @@ def test_padding_changes_nothing(pipe):
 def test_the_loss_is_that_of_the_authors(pipe):
     """1/t, divided by the number of hidden tokens; nothing predicts the first one."""
     clean, noisy, time = RECORDED.inputs["train"], RECORDED.expected["loss_shift.xt"], RECORDED.expected["loss_shift.t"]
-    everything = layout("full", documents=torch.zeros_like(clean), canvas=clean >= 0)
     logits = pipe.model(noisy).logits
     assert (logits - aligned(RECORDED.expected["loss_shift.logits"])).abs().max() < 1e-4
     scored = (torch.arange(clean.shape[1]) > 0).expand_as(clean)
-    objective = build_objective("masked", {"reduction": "masked"}, pipe.special, "full")
-    for weights, name in ((1 / time, "loss"), (torch.ones(3), "unweighted_loss")):
-        recorded = noised(
-            objective, noisy, clean, weights[:, None].expand_as(clean), scored=scored, visibility=everything
-        )
+    for weight, name in (("elbo", "loss"), ("none", "unweighted_loss")):
+        objective = build_objective("masked", {"reduction": "masked", "weight": weight}, pipe.special, "full")
+        recorded = corrupted(objective, noisy, clean, time[:, None], scored=scored)
+        assert torch.equal(recorded.batch.input_ids, noisy)
         expected = float(RECORDED.expected[f"loss_shift.{name}"])
         assert mean(objective, pipe.model, recorded) == pytest.approx(expected, abs=1e-4)
 

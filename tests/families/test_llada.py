@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 
-from dmllm.nn.visibility import layout
-from dmllm.objectives.masked import Masked, MaskedConfig
-from tests.families.recorded import Recorded, assert_written_back, mean, noised
+from dmllm.objectives import build_objective
+from tests.families.recorded import Recorded, assert_written_back, corrupted, mean
 
 RECORDED = Recorded("llada")
 INPUTS, EXPECTED = RECORDED.inputs, RECORDED.expected
@@ -130,13 +129,13 @@ def test_each_row_of_a_batch_scores_as_alone_also_padded(pipe) -> None:
 
 @pytest.mark.parametrize(("case", "reduction"), [("loss_pretrain", "batch_length"), ("loss_sft", "answer_length")])
 def test_losses_are_the_authors_under_the_reduction_of_that_stage(pipe, case, reduction) -> None:
-    objective = Masked(MaskedConfig(reduction=reduction), pipe.special, "full")
+    objective = build_objective("masked", {"reduction": reduction}, pipe.special, "full")
     ids, noisy, p = INPUTS["train"], EXPECTED[f"{case}.noisy"], EXPECTED[f"{case}.p_mask"]
     prompts = INPUTS["train_prompt_lengths"] if case == "loss_sft" else torch.zeros(3, dtype=torch.int64)
     scored = torch.arange(ids.shape[1]) >= prompts[:, None]
-    everything = layout("full", documents=torch.zeros_like(ids), canvas=torch.ones_like(scored))
-    hidden = noised(objective, noisy, ids, (1 / p).expand(ids.shape), scored=scored, visibility=everything)
-    assert abs(mean(objective, pipe.model, hidden) - float(EXPECTED[f"{case}.loss"])) < 1e-4
+    noised = corrupted(objective, noisy, ids, p, scored=scored)
+    assert torch.equal(noised.batch.input_ids, noisy)
+    assert abs(mean(objective, pipe.model, noised) - float(EXPECTED[f"{case}.loss"])) < 1e-4
 
 
 def test_a_checkpoint_is_written_back_to_the_bit(pipe, tmp_path) -> None:

@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmllm.checkpoints.published import write_published
-from dmllm.nn.visibility import layout
 from dmllm.objectives import build_objective
 from dmllm.pipeline import load
-from tests.families.recorded import Recorded, assert_written_back, mean, noised
+from tests.families.recorded import Recorded, assert_written_back, corrupted, mean
 
 RECORDED = Recorded("mdlm")
 
@@ -71,19 +70,17 @@ def test_losses_are_those_of_the_authors(pipe, case):
     noisy, move_chance = RECORDED.expected[f"{case}.xt"], RECORDED.expected[f"{case}.move_chance"]
     time = move_chance / (1 - 1e-3)  # [3, 1], the end of the step of 1000 in which t lies
     objective = build_objective("masked", {"zero_masking": True}, pipe.special, "full")
-    documents = torch.zeros_like(clean)
-    everything = layout("full", documents=documents, canvas=documents == 0)
-    recorded = noised(objective, noisy, clean, (1 / time).expand_as(clean), scored=scored, visibility=everything)
+    recorded = corrupted(objective, noisy, clean, time, scored=scored)
+    assert torch.equal(recorded.batch.input_ids, noisy)
     assert mean(objective, pipe.model, recorded) == pytest.approx(float(RECORDED.expected[f"{case}.loss"]), abs=1e-4)
 
 
 def test_without_zero_masking_the_mask_token_has_a_share_and_the_loss_is_another(pipe):
     clean, noisy = RECORDED.inputs["x0"], RECORDED.expected["loss_continuous.xt"]
-    everything = layout("full", documents=torch.zeros_like(clean), canvas=clean >= 0)
     losses = []
     for zero_masking in (False, True):
         objective = build_objective("masked", {"zero_masking": zero_masking}, pipe.special, "full")
-        one = noised(objective, noisy, clean, torch.ones(3, 16), scored=clean >= 0, visibility=everything)
+        one = corrupted(objective, noisy, clean, torch.ones(()), scored=clean >= 0)
         losses.append(mean(objective, pipe.model, one))
     assert losses[0] > losses[1]
 

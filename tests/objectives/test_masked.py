@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from dmllm.diffusion.schedules import SCHEDULES, elbo_weight
-from dmllm.models.backbones.transformer import Transformer, TransformerConfig
+from dmllm.models.backbones.transformer import Attention, Transformer, TransformerConfig, attention_mask
 from dmllm.models.multimodal import gather_rows
+from dmllm.nn.rope import rotary_tables
 from dmllm.objectives import build_objective
 from dmllm.objectives.draws import Draws
 from dmllm.objectives.loss import normalise, padding_as_one
@@ -204,6 +206,55 @@ def test_reductions_divide_by_what_they_are_named_after():
         loss = objective.loss(model, objective.prepare(batch, draws_for(batch)))["masked"]
         assert float(loss.total) == pytest.approx(total * math.log(4), rel=1e-5)
         assert float(loss.count) == count
+
+
+@pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
+def test_in_a_clipped_range_every_schedule_weighs_a_constant_cost_alike(schedule, options):
+    clipped = {"schedule": schedule, "schedule_options": options, "min_noise": 0.3, "max_noise": 0.8}
+    objective = build_objective("masked", clipped, SPECIAL, "full")
+    uniform = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 7))
+    batch = batch_of(torch.zeros(4000, 16, dtype=torch.int64))
+    noised = objective.prepare(batch, draws_for(batch))
+    noise = 1 - objective.schedule.alpha(noised.time)
+    assert 0.3 - 1e-4 < float(noise.min()) < 0.31
+    assert 0.79 < float(noise.max()) < 0.8 + 1e-4
+    assert mean_loss(objective, uniform, batch) == pytest.approx(math.log(7), rel=0.02)
+
+
+def test_padding_is_hidden_or_by_name_seen_as_any_row_or_with_a_weight_of_1_over_e():
+    torch.manual_seed(0)
+    documents = torch.tensor([[0, 0, 0, PADDING, PADDING]])
+    batch = batch_of(torch.zeros(1, 5, dtype=torch.int64), documents=documents)
+    batch.labels[:, 3:] = IGNORE
+    attention = Attention(TransformerConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1), 0)
+    for projection in (attention.q_proj, attention.k_proj):
+        torch.nn.init.zeros_(projection.weight)  # so that weights depend on the mask alone
+    for projection in (attention.v_proj, attention.o_proj):
+        torch.nn.init.eye_(projection.weight)
+    turn = rotary_tables(torch.arange(5)[None], 8, 1e4, torch.float32)
+    faint = 3 + 2 / math.e
+    expected = {
+        "hidden": [1 / 3] * 3 + [0] * 2,
+        "seen": [1 / 5] * 5,
+        "faint": [1 / faint] * 3 + [1 / math.e / faint] * 2,
+    }
+    for padding, weights in expected.items():
+        objective = build_objective("masked", {"padding": padding}, SPECIAL, "full")
+        look = objective.prepare(batch, draws_for(batch)).visibility
+        mask = attention_mask("dense", look, None, torch.device("cpu"))
+        mixed = attention(torch.eye(8)[None, :5], turn, mask, None)
+        assert mixed[0, 0, :5].tolist() == pytest.approx(weights)
+        if padding == "faint":
+            assert mixed[0, 4, :5].tolist() == pytest.approx([1 / 5] * 5)
+    packed, seen = replace(batch, documents=documents + torch.arange(5)), {"padding": "seen"}
+    with pytest.raises(ValueError, match="where each row is one conversation"):
+        build_objective("masked", seen, SPECIAL, "full").prepare(packed, draws_for(batch))
+    with pytest.raises(ValueError, match="padding='faint' needs"):
+        build_objective("masked", {"padding": "faint"}, SPECIAL, "prefix")
+    with pytest.raises(ValueError, match="padding='faint' is for the objective masked"):
+        build_objective("block", {"padding": "faint"}, SPECIAL, "block:4")
+    with pytest.raises(ValueError, match="padding='soft' is not one of hidden, seen, faint"):
+        build_objective("masked", {"padding": "soft"}, SPECIAL, "full")
 
 
 def test_an_unknown_option_names_the_nearest():

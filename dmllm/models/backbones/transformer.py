@@ -155,6 +155,7 @@ class Attention(nn.Module):
         elif isinstance(mask, BlockMask):
             mixed = _flex(q, k, v, block_mask=mask, enable_gqa=grouped)
         else:
+            mask = mask.to(q.dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
@@ -264,6 +265,8 @@ def attention_mask(
 
     Rows with a cache keep to masked forms, made once as long as they are fed in the same places.
     """
+    if visibility.faint is not None:
+        return visibility.biased()
     if cache is None and (form == "ragged" or (form in ("auto", "eager") and device.type == "cpu")):
         return ragged(visibility, fused=form != "eager")
     if cache is None:
