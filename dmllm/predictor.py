@@ -20,12 +20,14 @@ from dmllm.models.projectors import resize_maps
 from dmllm.nn.cache import KVCache
 from dmllm.nn.visibility import Visibility, check_layout, layout
 from dmllm.requests import fingerprint
+from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.denoise import Predict
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
+from dmllm.samplers.policy import CachePolicy
 from dmllm.samplers.stream import Stream
 from dmllm.types import PADDING, TEXT, Batch
 
@@ -57,10 +59,22 @@ def prepare(
         said = f"suffix_ids={config.suffix_ids}" if draft is None else "draft="
         raise ValueError(f"{said} is not for visibility={kind!r}: such a model fills its blocks from left to right.")
     config, draft = _with_suffix(config, draft, len(prompts), mask_id)
-    length, scale = config.max_new_tokens, config.cfg_scale
-    first = config.prompt_first and model.config.shift and kind != "full"
+    length, scale, policy = config.max_new_tokens, config.cfg_scale, CachePolicy.of(config.cache)
+    first = config.prompt_first and model.config.shift and (kind != "full" or policy is not None)
     stores = first or (config.store_calls and use_cache is not False)
-    config = replace(config, store_calls=stores and trained is not None, prompt_first=first and trained is not None)
+    in_loop = first and (trained is not None or policy is not None)
+    config = replace(config, store_calls=stores and trained is not None, prompt_first=in_loop)
+    if policy is not None:
+        if kind != "full":
+            raise ValueError(
+                f"cache={policy.kind} is for models with full attention; with visibility={kind!r} what can be kept is "
+                "kept anyway, exactly. Leave cache out."
+            )
+        if use_cache is not None:
+            raise ValueError(f"use_cache={use_cache} and cache={policy.kind} say different things; give one of them.")
+        canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
+        predict = _approximate(model, prompts, canvas, config, policy)
+        return predict, canvas, config
     if trained is None:
         predict = Predictor(
             model,
@@ -102,6 +116,18 @@ def prepare(
         sub_block_length=(config.sub_block_length or config.block_length) if config.sub_block_cache else None,
     )
     return predict, canvas, config
+
+
+@torch.no_grad()
+def _approximate(
+    model: Any, prompts: Batch, canvas: Canvas, config: DecodeConfig, policy: CachePolicy
+) -> ApproximatePredictor:
+    twice, length = 2 if config.cfg_scale else 1, canvas.ids.shape[1]
+    stream, documents, positions = _streams(model, prompts, length, canvas.mask_id if config.cfg_scale else None)
+    lengths = (prompts.documents != PADDING).sum(1).to(model.device).repeat(twice)
+    images = F.pad(prompts.image_slots.to(model.device) != TEXT, (0, length)).repeat(twice, 1)
+    fed = Stream(model, stream, positions, lengths, length, "full", KVCache(documents.shape[1]))
+    return ApproximatePredictor(fed, policy, config.block_of(length), images, cfg_scale=config.cfg_scale)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmllm.nn.visibility import check_layout
 from dmllm.registry import Table, nearest
+from dmllm.samplers.policy import CachePolicy
 from dmllm.samplers.schedules import CURVES
 
 REMASKING = Table(
@@ -84,6 +85,9 @@ class DecodeConfig:
     visibility: str | None = None
     """Who sees whom: full (the prompt sees the answer), prefix (it does not, and is computed once), causal; None is
     what the checkpoint says, the choice of LaViDa's prefix_lm."""
+    cache: CachePolicy | dict[str, Any] | str | None = None
+    """What is kept though it changes, in models with full attention: prefix or dual (Fast-dLLM), or the fields of
+    `samplers.policy.CachePolicy`; None keeps what is exact alone."""
     cfg_scale: float = 0.0
     """Guidance away from the unprompted answer: un + (cfg_scale + 1)(cond - un), twice the work; 0 is none."""
     cfg_masks_draft: bool = False
@@ -99,7 +103,8 @@ class DecodeConfig:
     """Whether the first token is the most probable one that the prompt alone predicts, known before the first call: for
     models of which a row predicts the next token, where the prompt does not see the answer (LaViDa-Dream). For
     block-causal ones each block's first token, which the call that stores what stands before it (`store_calls`, here
-    implied) also gives: Fast-dLLM v2's autoregressive step."""
+    implied) also gives: Fast-dLLM v2's autoregressive step. With an approximate `cache` the first call on a block
+    commits its first token and no other (Fast-dLLM for Dream)."""
     fill_behind_eos: bool = True
     """Whether tokens behind a known end of sequence are still committed; False leaves them open (LLaDA-V)."""
     eos_early_stop: bool = True
@@ -167,6 +172,7 @@ class DecodeConfig:
                 f"editing_threshold={self.editing_threshold} looks at a whole block until nothing changes; say "
                 "sub_block_length=None, sub_block_cache=False and prompt_first=False."
             )
+        CachePolicy.of(self.cache)
         self.steps_per_block(self.max_new_tokens)
 
     @property
@@ -211,6 +217,16 @@ class DecodeConfig:
     def draws_tokens(self) -> bool:
         """Whether tokens are drawn at random."""
         return self.temperature > 0
+
+    @property
+    def reads_runner_up(self) -> bool:
+        """Whether a rule looks at the second most probable token; one of one's own may."""
+        return self.remasking == "margin" or ":" in self.remasking
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether a rule looks at entropies; one of one's own may."""
+        return self.remasking == "entropy" or ":" in self.remasking
 
     @property
     def draws_order(self) -> bool:

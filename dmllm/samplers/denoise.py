@@ -16,8 +16,9 @@ from torch import Generator, Tensor
 
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
+from dmllm.samplers.estimate import Estimate, estimate
 from dmllm.samplers.quota import noise_level, quota
-from dmllm.samplers.rules import Estimate, choose, estimate
+from dmllm.samplers.rules import choose
 from dmllm.types import Step
 
 Predict = Callable[[Canvas, Tensor], Tensor]
@@ -98,7 +99,7 @@ def _choose(
         least = least.masked_fill((sure & asked).any(1) & ~over[:, 0], 0)
     tokens, chosen = seen.tokens, choose(doubt, sure, asked, least)
     if config.prompt_first:
-        chosen = chosen | asked & full
+        chosen = chosen | asked & (full if canvas.block_length is not None else (canvas.calls == 0)[:, None])
         tokens = torch.where(full, seen.top, tokens) if config.draws_tokens else tokens
     if config.choose_mask:
         chosen = chosen & (tokens != canvas.mask_id)
@@ -167,7 +168,9 @@ def _open_rows(
     first = (canvas.block * block_length - canvas.offset)[:, None]
     rows, asked = _unknown(canvas, first + slots)
     left = asked.sum(1)
-    if config.prompt_first:  # of a full block, the place behind it
+    if config.prompt_first and canvas.block_length is None:  # at first one token alone
+        asked = asked & ((canvas.calls > 0)[:, None] | (asked.cumsum(1) == 1))
+    elif config.prompt_first:  # of a full block, the place behind it
         full = (left == 0)[:, None]
         rows, asked = _unknown(canvas, first + block_length * full + slots)
         asked = asked & (~full | (slots == 0))
