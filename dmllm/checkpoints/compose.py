@@ -45,7 +45,7 @@ class ModelSpec:
     checkpoint: str | None = None
     """A dmllm folder, packaged name or hub name to continue; the parts below are then its own."""
     backbone: str | dict[str, Any] | None = None
-    """A folder or hub name (dmllm, or a Llama, Mistral, Qwen2 or Qwen3 language model), or the fields of
+    """A folder or hub name (dmllm, or a Llama, Mistral, Qwen2, Qwen3 or GPT-2 language model), or the fields of
     `TransformerConfig` for random weights; without vocab_size it is the tokenizer's."""
     vision: str | VisionConfig | None = None
     """The vision encoder, by name or in full; null is a text-only model."""
@@ -164,7 +164,7 @@ def _start(spec: ModelSpec) -> _Start:
     path = folder.resolve(spec.backbone, revision=spec.revision)
     if folder.model_type(path) != DmllmConfig.model_type:
         shape, weights = from_transformers(path)
-        return _Start(shape=to_dict(shape), weights=weights, folder=path)
+        return _Start(shape=shape, weights=weights, folder=path)
     config = folder.read_config(path)
     weights = read_weights(path, prefix="backbone.", dtype=torch.float32)
     if config.tie_word_embeddings:

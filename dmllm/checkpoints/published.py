@@ -26,6 +26,8 @@ from dmllm.families.family import Key, check_fields, matches, to_ours, to_theirs
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 
+TIED = {"backbone.lm_head.weight": "backbone.embed_tokens.weight"}  # where tie_word_embeddings
+
 
 def read_published(
     folder: Path, family: Family, config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype | None
@@ -68,6 +70,7 @@ class _Filling:
         self.missing: dict[str, set[int] | None] = dict.fromkeys(self.wanted)
         self.unexpected: list[str] = []
         self.used: set[str] = set()  # templates of names
+        self.copies: dict[str, tuple[str, Tensor]] = {}  # tied weights that are stored once more
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Put one published weight where it belongs."""
@@ -83,6 +86,9 @@ class _Filling:
             parts = list(to_ours(self.family.keys, name, tensor, self.model.config.backbone))
         except ValueError as error:
             raise ValueError(f"{self.folder} ({self.family.title}): {error}") from None
+        if parts and (original := TIED.get(parts[0][0])) and self.model.config.tie_word_embeddings:
+            self.copies[name] = original, parts[0][2]
+            return
         if not parts or any(ours not in self.wanted for ours, _, _ in parts):
             self.unexpected.append(name)
             return
@@ -121,6 +127,13 @@ class _Filling:
         """Raise ValueError unless everything was there and had a place, in the names of the checkpoint."""
         lacking = {theirs for name, places in self.missing.items() for theirs in self._published_names(name, places)}
         refuse_keys(lacking, self.unexpected, self.folder, f"{self.family.title} with this config.json")
+        for name, (original, copy) in self.copies.items():
+            tensor = self.model.get_parameter(original)
+            if copy.shape != tensor.shape or not torch.equal(copy.to(tensor), tensor):
+                raise ValueError(
+                    f"{self.folder} ({self.family.title}): {name} is not the embedding, which config.json says it is; "
+                    "if they differ on purpose, write tie_word_embeddings: false there."
+                )
         self.model.tie_weights()
 
     def _published_names(self, ours: str, places: set[int] | None) -> list[str]:
@@ -135,9 +148,10 @@ class _Filling:
         return names if places is None else [names[place] for place in sorted(places)]
 
     def chosen_names(self) -> list[str]:
-        """The templates met here of what a family has more than one name for."""
+        """The templates met here of what a family has more than one name for, or a checkpoint though it is tied."""
         names = [key.ours for key in self.family.keys]
-        return sorted(key.theirs for key in self.family.keys if names.count(key.ours) > 1 and key.theirs in self.used)
+        chosen = (key for key in self.family.keys if names.count(key.ours) > 1 or key.theirs in self.copies)
+        return sorted(key.theirs for key in chosen if key.theirs in self.used)
 
 
 def stored_weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -151,7 +165,7 @@ def _in_order(family: Family, chosen: Collection[str]) -> tuple[Key, ...]:
     """The family's keys; where weights have several names, the first, second, ... of all first, as those chosen are."""
     ours = [key.ours for key in family.keys]
     ordinal = {key.theirs: ours[:number].count(key.ours) for number, key in enumerate(family.keys)}
-    liked = {ordinal[name] for name in chosen}
+    liked = {ordinal[key.theirs] for key in family.keys if key.theirs in chosen and ours.count(key.ours) > 1}
     return tuple(sorted(family.keys, key=lambda key: ordinal[key.theirs] not in liked))
 
 
@@ -184,6 +198,9 @@ def write_weights(config: DmllmConfig, weights: Mapping[str, Tensor], folder: st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     keys = _in_order(family, config.published_names)
+    for copy, original in TIED.items():  # stored once more, if the checkpoint had it so
+        if config.tie_word_embeddings and any(k.ours == copy and k.theirs in config.published_names for k in keys):
+            weights = {**weights, copy: weights[original]}
     theirs = dict(to_theirs(keys, {name: tensor.detach() for name, tensor in weights.items()}))
     save_shards(theirs | family.computed_weights(config.published), folder)
     fields = to_dict(config.published)

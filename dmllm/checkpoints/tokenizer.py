@@ -72,7 +72,10 @@ def read_tokenizer(folder: Path, kind: str | None = None) -> Any:
         ValueError: the folder's tokenizer cannot be had without running its code.
     """
     file = folder / "tokenizer_config.json"
-    own = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("auto_map")
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = settings.get("auto_map")
+    if kind and not hasattr(transformers, settings.get("tokenizer_class") or kind):
+        own = True  # a class that was never published
     if not own:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "tokenizer.json").is_file() and kind is None:

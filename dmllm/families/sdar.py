@@ -14,6 +14,8 @@ from typing import Any
 from dmllm.families import dream
 from dmllm.families.family import Family, Fields, need, require
 
+MASK = 151669  # in the released vocabulary
+
 
 def to_dmllm(config: Fields) -> dict[str, Any]:
     """The fields of `DmllmConfig`."""
@@ -22,11 +24,17 @@ def to_dmllm(config: Fields) -> dict[str, Any]:
     pad = config.get("pad_token_id")
     return {
         "backbone": {**dream.backbone(config), "qk_norm": True},
-        "mask_token_id": need(config, "mask_token_id"),
+        "mask_token_id": mask_token(config),
         "eos_token_id": eos,
         "pad_token_id": eos if pad is None else pad,
         "visibility": f"block:{config.get('block_size') or 4}",
     }
+
+
+def mask_token(config: Fields) -> int:
+    """The mask token (<|MASK|>): that of the released vocabulary, where config.json does not name one."""
+    unnamed = config.get("mask_token_id") is None and need(config, "vocab_size") > MASK
+    return MASK if unnamed else need(config, "mask_token_id")
 
 
 def ends(config: Fields) -> dict[str, Any]:

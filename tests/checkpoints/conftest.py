@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -30,6 +32,7 @@ CAUSAL = {
     "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"bos_token_id": None, "eos_token_id": None}),
 }
 
 

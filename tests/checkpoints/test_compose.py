@@ -173,6 +173,21 @@ def test_a_checkpoint_keeps_its_parts(tmp_path, composed):
         compose(ModelSpec(checkpoint=str(tmp_path / "first"), projector="linear"))
 
 
+def test_a_gpt2_in_an_old_file_is_the_same(tmp_path, tokenizer_folder):
+    """Its names lack "transformer.", its head is the embedding, and the causal mask is stored too."""
+    original = language_model(tmp_path, tokenizer_folder, "gpt2")
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(2)}
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = compose(ModelSpec(backbone=str(tmp_path), visibility="causal"))
+    logits = model.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(logits[..., :256], original(IDS).logits[..., :256], atol=2e-5, rtol=1e-4)
+    save_file({**old, "h.0.extra": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit gpt2: it has unexpected h\.0\.extra"):
+        compose(ModelSpec(backbone=str(tmp_path)))
+
+
 def test_a_language_model_with_other_weights_or_settings_is_refused_by_name(tmp_path, tokenizer_folder):
     language_model(tmp_path, tokenizer_folder, "llama")
     weights = load_file(tmp_path / "model.safetensors")
@@ -184,8 +199,8 @@ def test_a_language_model_with_other_weights_or_settings_is_refused_by_name(tmp_
     (tmp_path / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
     with pytest.raises(ValueError, match="attention_bias=True is not supported"):
         compose(ModelSpec(backbone=str(tmp_path)))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' is not one of llama, mistral, qwen2, qwen3"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "phi"}))
+    with pytest.raises(ValueError, match="'phi' is not one of llama, mistral, qwen2, qwen3, gpt2"):
         compose(ModelSpec(backbone=str(tmp_path)))
 
 

@@ -9,5 +9,6 @@ BACKBONES = Table(
     {
         "transformer": "dmllm.models.backbones.transformer:TRANSFORMER",
         "dit": "dmllm.models.backbones.dit:DIT",
+        "gpt2": "dmllm.models.backbones.gpt2:GPT2",
     },
 )
