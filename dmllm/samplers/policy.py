@@ -12,7 +12,7 @@ from typing import Any
 
 from dmllm.registry import nearest
 
-KINDS = ("prefix", "dual")
+KINDS = ["prefix", "dual"]
 
 
 @dataclass(frozen=True, kw_only=True)
