@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.causal_lm import from_transformers
-from dmllm.checkpoints.vocabulary import complete_tokenizer, grow
+from dmllm.checkpoints.vocabulary import complete_tokenizer, grow, widen
 from dmllm.checkpoints.weights import read_weights, refuse_keys
 from dmllm.config import to_dict
 from dmllm.data.processor import Processor, ProcessorConfig
@@ -43,9 +43,10 @@ class ModelSpec:
     """Where a model comes from: `checkpoint`, or `backbone` with what goes around it."""
 
     checkpoint: str | None = None
-    """A dmllm folder, packaged name or hub name to continue; the parts below are then its own."""
+    """A dmllm folder, packaged name or hub name to continue; the parts below are then its own. A causal one
+    (Qwen2.5-VL, Qwen3-VL) gets a mask token."""
     backbone: str | dict[str, Any] | None = None
-    """A folder or hub name (dmllm, or a Llama, Mistral, Qwen2, Qwen3 or GPT-2 language model), or the fields of
+    """A folder or hub name (dmllm, or a Llama, Mistral, Qwen2 or Qwen3 language model), or the fields of
     `TransformerConfig` for random weights; without vocab_size it is the tokenizer's."""
     vision: str | VisionConfig | None = None
     """The vision encoder, by name or in full; null is a text-only model."""
@@ -102,16 +103,22 @@ def _continue(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
         raise ValueError(
             f"The checkpoint {spec.checkpoint} has no tokenizer, so it cannot be trained on conversations."
         )
+    if loaded.fresh:
+        used = sorted({*before.tokenizer.get_vocab().values()} - {*loaded.fresh})
+        widen(model, used=used, fresh=loaded.fresh, multiple=spec.vocab_multiple)
     tiling = before.config.tiling
     if spec.tiling:
         tiling = _tiling({**(to_dict(tiling) if tiling else {}), **spec.tiling}, model)
     config = replace(before.config, **spec.processor, tiling=tiling)
+    generation = dict(loaded.generation)
     if spec.visibility is not None:
         check_layout(spec.visibility)
+        if spec.visibility != model.config.visibility:
+            generation.pop("block_length", None)
         model.config.visibility = spec.visibility
     if spec.shift is not None:
         model.config.shift = spec.shift
-    folder.set_decode_defaults(model, {**loaded.generation, **spec.generation})
+    folder.set_decode_defaults(model, {**generation, **spec.generation})
     return model, Processor(before.tokenizer, config, before.special, _template(spec) or before.chat_template)
 
 
@@ -164,7 +171,7 @@ def _start(spec: ModelSpec) -> _Start:
     path = folder.resolve(spec.backbone, revision=spec.revision)
     if folder.model_type(path) != DmllmConfig.model_type:
         shape, weights = from_transformers(path)
-        return _Start(shape=shape, weights=weights, folder=path)
+        return _Start(shape=to_dict(shape), weights=weights, folder=path)
     config = folder.read_config(path)
     weights = read_weights(path, prefix="backbone.", dtype=torch.float32)
     if config.tie_word_embeddings:

@@ -21,6 +21,7 @@ from dmllm.checkpoints.card import model_card
 from dmllm.checkpoints.native import read_native
 from dmllm.checkpoints.published import read_published
 from dmllm.checkpoints.tokenizer import read_tokenizer
+from dmllm.checkpoints.vocabulary import find_mask
 from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
 from dmllm.config import to_dict
 from dmllm.data.processor import Processor, ProcessorConfig
@@ -38,11 +39,15 @@ OTHERS = (*TOKENIZER_FILES, "*.safetensors", "README.md")
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a folder held; `processor` is None where there is no tokenizer, `generation` the decode defaults."""
+    """What a folder held; `processor` is None where there is no tokenizer, `generation` the decode defaults.
+
+    fresh: ids of tokens that its tokenizer lacked and got, which the model has not seen and may have no row for.
+    """
 
     model: MultimodalModel
     processor: Processor | None
     generation: dict[str, Any] = field(default_factory=dict)
+    fresh: tuple[int, ...] = ()
 
 
 def save(
@@ -157,7 +162,7 @@ def _load_published(
     with _quiet():
         model = read(folder, family, published, device=device, dtype=None if dtype == "auto" else dtype)
     set_decode_defaults(model, decode)
-    processor = None
+    processor, fresh = None, ()
     if find(folder, TOKENIZER) is not None:
         tiling = model.tiling
         config = ProcessorConfig(
@@ -167,8 +172,12 @@ def _load_published(
         )
         with _quiet():
             tokenizer = read_tokenizer(folder, family.tokenizer)
+        if family.start:
+            said = (published.get("text_config") or {}).get("mask_token_id", published.get("mask_token_id"))
+            mask, new = find_mask(tokenizer, said)
+            model.config.mask_token_id, fresh = mask, (mask,) if new else ()
         processor = Processor(tokenizer, config, model.config.special, family.chat_template)
-    return Loaded(model=model, processor=processor, generation=decode)
+    return Loaded(model=model, processor=processor, generation=decode, fresh=fresh)
 
 
 def _beside(folder: Path, family: Family) -> dict[str, Any]:

@@ -8,13 +8,15 @@ token's is, new tokens differ from each other, and the model's distribution over
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmllm.data.chat import SPECIAL_TOKENS
+from dmllm.models.multimodal import MultimodalModel
 from dmllm.types import SpecialTokens
 
 NOISE = 0.1  # of the deviation of the rows in use, per dimension
@@ -38,13 +40,42 @@ def complete_tokenizer(tokenizer: Any, known: Mapping[str, int | None], *, wants
     ids: dict[str, int | None] = {"image": None}
     for name in ("eos", "pad", "mask", *(["image"] if wants_image else [])):
         found = known.get(name) if templated else _id(tokenizer, SPECIAL_TOKENS[name])
-        own = getattr(tokenizer, f"{name}_token_id", None) if name != "image" else None
-        named = (i for text in ALIASES[name] if (i := _id(tokenizer, text)) is not None)
-        found = next((i for i in (found, own, *named) if i is not None), None)
+        found = _named(tokenizer, name) if found is None else found
         ids[name] = _add(tokenizer, SPECIAL_TOKENS[name]) if found is None else int(found)
         if name != "image":
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(ids[name]))
     return SpecialTokens(**ids)  # type: ignore[arg-type]
+
+
+def find_mask(tokenizer: Any, said: int | None) -> tuple[int, bool]:
+    """The mask token for a model that was trained without one, and whether it had to be added to `tokenizer`.
+
+    It is the token that the model's configuration says, else the tokenizer's own, by its role or a usual name.
+    """
+    known = tokenizer.get_vocab().values()
+    mask = said if said in known else _named(tokenizer, "mask")
+    new = mask is None
+    mask = _add(tokenizer, SPECIAL_TOKENS["mask"]) if mask is None else mask
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
+    return mask, new
+
+
+def widen(model: MultimodalModel, *, used: Sequence[int], fresh: Sequence[int], multiple: int) -> None:
+    """`grow` of a model's two matrices, in place; one that lacks rows for `fresh` gets a multiple of `multiple`."""
+    backbone, config = model.backbone, model.config
+    matrices = {"embed_tokens.weight": backbone.embed_tokens.weight, "lm_head.weight": backbone.lm_head.weight}
+    size = len(matrices["embed_tokens.weight"])
+    if max(fresh) >= size:
+        size = -(-(max(fresh) + 1) // multiple) * multiple
+        config.family = config.published = None  # its authors' config.json no longer describes it
+    with torch.no_grad():
+        grown = grow(matrices, used=used, fresh=fresh, size=size)
+    parameters = {id(matrix): nn.Parameter(matrix.detach()) for matrix in grown.values()}  # one, where they are tied
+    for name, matrix in grown.items():
+        backbone.get_submodule(name.removesuffix(".weight")).weight = parameters[id(matrix)]
+    backbone.embed_tokens.num_embeddings = backbone.lm_head.out_features = size
+    backbone.config = replace(backbone.config, vocab_size=size)
+    config.backbone = {**config.backbone, "vocab_size": size}
 
 
 def grow(weights: Mapping[str, Tensor], *, used: Sequence[int], fresh: Sequence[int], size: int) -> dict[str, Tensor]:
@@ -71,6 +102,13 @@ def grow(weights: Mapping[str, Tensor], *, used: Sequence[int], fresh: Sequence[
     if weights["lm_head.weight"] is weights["embed_tokens.weight"]:
         grown["lm_head.weight"] = grown["embed_tokens.weight"]
     return grown
+
+
+def _named(tokenizer: Any, name: str) -> int | None:
+    """The id of a special token by its role in the tokenizer, or by one of its usual names."""
+    own = getattr(tokenizer, f"{name}_token_id", None) if name != "image" else None
+    named = (i for text in ALIASES[name] if (i := _id(tokenizer, text)) is not None)
+    return next((i for i in (own, *named) if i is not None), None)
 
 
 def _id(tokenizer: Any, text: str) -> int | None:

@@ -75,8 +75,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--to",
         default="dmllm",
-        help="dmllm; published (from a dmllm folder that came from there); of a causal language model: masked (full "
-        "attention) or block:N (block diffusion)",
+        help="dmllm; published (from a dmllm folder that came from there); of a causal language model, with vision or "
+        "not: masked (full attention), block or block:N (block diffusion, N is 32 unless said)",
     )
     p.add_argument(
         "--shift",

@@ -103,6 +103,9 @@ class Family:
     """Fields of `ProcessorConfig`, tiling included, that the authors' preprocessing amounts to."""
     decode: Fields = field(default_factory=dict)
     """The authors' decode settings, fields of `DecodeConfig`."""
+    start: bool = False
+    """Whether it has not learned to denoise: then it gets a mask token, unless config.json (`mask_token_id`) or its
+    tokenizer has one."""
     decode_of: Callable[[Fields], dict[str, Any]] | None = None
     """Published config.json -> those of them that depend on it."""
     image_vocabulary: Callable[[Fields], ImageVocabulary | None] | None = None

@@ -1,8 +1,8 @@
 """Qwen2.5-VL, a causal model, as the start of a diffusion model: its logits aligned, its visibility free to be changed.
 
 A training YAML continues it with `model: {checkpoint: FOLDER, visibility: block:8}`, as Fast-dVLM and DiffusionVL did
-with these weights. It has no mask token; the first row of the vocabulary that its tokenizer leaves free is taken, or
-`mask_token_id` of config.json.
+with these weights. It has no mask token: it gets the first id that its tokenizer leaves free, unless the tokenizer or
+config.json (`mask_token_id`) has one.
 
 Source: arXiv:2502.13923; transformers' models/qwen2_5_vl. Fields and weights are read as the hub has them (flat, and
 under `visual.` and `model.`) and as transformers 5 writes them (nested, and under `model.visual.` and
@@ -70,6 +70,7 @@ QWEN2_5_VL = Family(
     beside=qwen_vl.BESIDE,
     chat_template=qwen_vl.template("<|vision_start|><|image_pad|><|vision_end|>"),
     processor={"max_length": 32768},
+    start=True,
     decode={"max_new_tokens": 64, "block_length": 1},
     verified="logits against transformers: tests/families/test_qwen2_5_vl.py",
     example={

@@ -1,8 +1,8 @@
 """Qwen3-VL, a causal model, as the start of a diffusion model: its logits aligned, its visibility free to be changed.
 
 What three of the tower's layers say is added to the stream behind the language model's first three (DeepStack), and
-time, height and width turn its rotary frequencies in turns. It has no mask token; the first row of the vocabulary that
-its tokenizer leaves free is taken, or `mask_token_id` of config.json.
+time, height and width turn its rotary frequencies in turns. It has no mask token: it gets the first id that
+its tokenizer leaves free, unless the tokenizer or config.json (`mask_token_id`) has one.
 
 Source: arXiv:2511.21631; transformers' models/qwen3_vl and models/qwen3_vl_moe. The hub's experts of a layer are stacks
 with a row for each input, those that transformers writes have one for each output; either is read. The chat template is
@@ -124,6 +124,7 @@ QWEN3_VL = Family(
     beside=qwen_vl.BESIDE,
     chat_template=qwen_vl.template("<|vision_start|><|image_pad|><|vision_end|>", system=None),
     processor={"max_length": 32768},
+    start=True,
     decode={"max_new_tokens": 64, "block_length": 1},
     verified="logits against transformers: tests/families/test_qwen3_vl.py",
     example=EXAMPLE,
