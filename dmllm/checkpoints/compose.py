@@ -46,7 +46,7 @@ class ModelSpec:
     """A dmllm folder, packaged name or hub name to continue; the parts below are then its own. A causal one
     (Qwen2.5-VL, Qwen3-VL) gets a mask token."""
     backbone: str | dict[str, Any] | None = None
-    """A folder or hub name (dmllm, or a Llama, Mistral, Qwen2 or Qwen3 language model), or the fields of
+    """A folder or hub name (dmllm, or a Llama, Mistral, Qwen2, Qwen3 or GPT-2 language model), or the fields of
     `TransformerConfig` for random weights; without vocab_size it is the tokenizer's."""
     vision: str | VisionConfig | None = None
     """The vision encoder, by name or in full; null is a text-only model."""
@@ -171,7 +171,7 @@ def _start(spec: ModelSpec) -> _Start:
     path = folder.resolve(spec.backbone, revision=spec.revision)
     if folder.model_type(path) != DmllmConfig.model_type:
         shape, weights = from_transformers(path)
-        return _Start(shape=to_dict(shape), weights=weights, folder=path)
+        return _Start(shape=shape, weights=weights, folder=path)
     config = folder.read_config(path)
     weights = read_weights(path, prefix="backbone.", dtype=torch.float32)
     if config.tie_word_embeddings:
