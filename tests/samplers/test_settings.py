@@ -8,7 +8,8 @@ import torch
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig, decode_config
 from dmllm.samplers.denoise import denoise
-from dmllm.samplers.rules import estimate, low_confidence
+from dmllm.samplers.estimate import estimate
+from dmllm.samplers.rules import low_confidence
 from dmllm.types import Step
 from tests.samplers.table import NoiseModel, TableModel, generators
 
