@@ -53,20 +53,20 @@ def model_card(name: str, model: MultimodalModel, generation: Mapping[str, Any],
         card: what the owner adds: training data, measured results, limits.
     """
     config = model.config
-    shape = model.backbone.config
+    shape = vars(model.backbone.config) if hasattr(model, "backbone") else config.backbone
     rows = {
-        "backbone": f"{shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads, "
-        f"{shape.vocab_size} tokens",
+        "backbone": f"{shape['num_hidden_layers']} layers, width {shape['hidden_size']}, "
+        f"{shape['num_attention_heads']} heads, {shape['vocab_size']} tokens",
         "attention": ATTENTION.get(config.visibility, config.visibility),
     }
-    if model.vision is not None:
+    if getattr(model, "vision", None) is not None:
         (height, width), (down, across) = model.vision.image_size, model.image_grid
         rows["vision encoder"] = f"`{config.vision['name']}`, {height} x {width} pixels, layer {config.vision['layer']}"
         rows["projector"] = f"{config.projector['name']}, {down} x {across} rows for a tile"
     decode = {key: value for key, value in generation.items() if value is not None}
     if decode:
         rows["decoding"] = ", ".join(f"{key}={value}" for key, value in decode.items())
-    images = model.vision is not None
+    images = config.vision is not None
     return TEMPLATE.format(
         name=name,
         task="image-text-to-text" if images else "text-generation",

@@ -18,14 +18,14 @@ import torch
 from transformers.utils import logging
 
 from dmllm.checkpoints.card import model_card
-from dmllm.checkpoints.native import read_native
+from dmllm.checkpoints.native import read_native, save_native
 from dmllm.checkpoints.published import read_published
 from dmllm.checkpoints.tokenizer import read_tokenizer
 from dmllm.checkpoints.vocabulary import find_mask
 from dmllm.checkpoints.weights import WEIGHTS, refuse_keys
 from dmllm.config import to_dict
 from dmllm.data.processor import Processor, ProcessorConfig
-from dmllm.families import Family, family_of
+from dmllm.families import FAMILIES, Family, family_of
 from dmllm.hub import fetch, find
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
@@ -79,7 +79,10 @@ def save(
     shutil.rmtree(new, ignore_errors=True)
     try:
         with _quiet():
-            model.save_pretrained(new, state_dict=_cast(model.state_dict(), dtype))
+            if hasattr(model, "stored_names"):
+                save_native(model, new, dtype)
+            else:
+                model.save_pretrained(new, state_dict=_cast(model.state_dict(), dtype))
         config = {key: value for key, value in read_json(new / CONFIG).items() if key != DECODE}
         _write(new / CONFIG, config if dtype is None else {**config, "dtype": str(dtype).removeprefix("torch.")})
         if processor is not None:
@@ -130,6 +133,8 @@ def load(
             f"{folder} is no published checkpoint of a known family, so config={dict(config)} has no place."
         )
     ours = read_config(folder)
+    if ours.family is not None and (family := FAMILIES.load(ours.family)).native is not None:
+        return _load_published(folder, family, ours.published or {}, device, dtype)
     kept: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     generation.pop("transformers_version", None)
@@ -154,7 +159,8 @@ def _load_published(
     folder: Path, family: Family, published: Mapping[str, Any], device: torch.device, dtype: Any
 ) -> Loaded:
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    published = {**_beside(folder, family), **published}
+    if model_type(folder) != DmllmConfig.model_type:  # whose config.json holds what stood beside theirs
+        published = {**_beside(folder, family), **published}
     read, decode = read_published, family.decode_defaults(published)
     if family.native is not None:
         own = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}

@@ -39,6 +39,7 @@ def read_native(
         ignore_mismatched_sizes=True,  # they are refused below, by name
         output_loading_info=True,
         attn_implementation="eager" if device.type == "cpu" else None,  # which rounds as the recorded runs did
+        generation_config=kind.generation_config_class(),  # decode settings are the pipeline's
     )
     wrong = [f"{name} ({list(stored)} for {list(wanted)})" for name, stored, wanted in report["mismatched_keys"]]
     missing, names = set(report["missing_keys"]), _stored_names(folder)
@@ -58,16 +59,24 @@ def draw_native(family: Family, config: Mapping[str, Any]) -> Any:
     return ADAPTERS.load(family.native.adapter)(inner, family.name, config).eval()
 
 
-def write_native(model: Any, folder: str | Path) -> Path:
-    """The inverse of `read_native`, to the bit: the weights under the names that they were read by."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def save_native(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Weights under the names that they were read by, and the config.json of our own format, which holds theirs."""
     weights = model.inner.state_dict()
+    if dtype is not None:
+        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
     names = [name for name in model.stored_names if name in weights]
+    folder.mkdir(parents=True, exist_ok=True)
     if names and len(names) == len(model.stored_names):
         save_shards({name: weights[name] for name in names}, folder)
     else:  # none were read, or transformers has renamed or stacked some and undoes that
-        model.inner.save_pretrained(folder)
+        model.inner.save_pretrained(folder, state_dict=weights)
+    model.config.save_pretrained(folder)
+
+
+def write_native(model: Any, folder: str | Path) -> Path:
+    """The inverse of `read_native`, to the bit: the weights under the names that they were read by."""
+    folder = Path(folder)
+    save_native(model, folder)
     family: Family = FAMILIES.load(model.config.family)
     fields = to_dict(model.config.published)
     beside = {name: fields[Path(name).stem] for name in family.beside if Path(name).stem in fields}

@@ -270,9 +270,17 @@ def test_a_chat_shows_pictures_between_the_tokens_that_begin_and_end_one(tmp_pat
     assert both[1].ids == asked.chat("What is it?", PICTURES, **options).ids != asked.chat("What is it?", **options).ids
 
 
-def test_its_format_is_transformers_own_and_there_is_no_other(tmp_path):
-    with pytest.raises(ValueError, match=r"is in transformers' own format and has no other; load it as it is"):
-        convert(str(GOLDEN), tmp_path / "ours")
+def test_as_a_folder_of_ours_it_has_the_same_logits_and_goes_back_to_the_bit(pipeline, tmp_path):
+    ours = dmllm.load(str(convert(str(GOLDEN), tmp_path / "ours")), device="cpu")
+    ids = torch.arange(10, 40)[None]
+    logits = pipeline.logits(ids)
+    torch.testing.assert_close(ours.logits(ids), logits, rtol=0, atol=0, equal_nan=True)
+    assert ours.generation == pipeline.generation
+    back = convert(str(tmp_path / "ours"), tmp_path / "back", to="published")
+    written, weights = (load_file(path / "model.safetensors") for path in (back, GOLDEN))
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in weights.items())
+    assert json.loads((back / "config.json").read_text()) == json.loads((GOLDEN / "config.json").read_text())
 
 
 @pytest.mark.parametrize("form", ["as saved", "without pictures", "shared weights under the encoder's names"])
