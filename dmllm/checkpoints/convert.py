@@ -23,6 +23,7 @@ from safetensors import safe_open
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.causal_lm import KINDS
 from dmllm.checkpoints.compose import ModelSpec, compose
+from dmllm.checkpoints.native import write_native
 from dmllm.checkpoints.published import stored_weights, write_weights
 from dmllm.checkpoints.weights import read_weights, refuse_keys, weight_files
 from dmllm.families import FAMILIES, family_of
@@ -81,15 +82,24 @@ def _to_dmllm(path: Path, out: Path) -> Path:
     if kind == DmllmConfig.model_type:
         raise ValueError(f"{path} is a dmllm folder already; its authors' format is: --to published.")
     family = family_of(folder.read_json(path / folder.CONFIG))
-    if family is not None and family.native is not None:
-        raise ValueError(f"{path} ({family.title}) is in transformers' own format and has no other; load it as it is.")
     if family is None:
         can = (
             f"a causal language model, which can become a start: --to {FULL} or --to block:32" if kind in KINDS else ""
         )
         raise ValueError(f"{path} ({kind!r}) is {can or 'of no known family; `dmllm models` lists them'}.")
     loaded = folder.load(path, dtype="auto")
-    return folder.save(out, loaded.model, loaded.processor, generation=loaded.generation)
+    folder.save(out, loaded.model, loaded.processor, generation=loaded.generation)
+    if family.native is not None:
+        _copy_weights(path, out)
+    return out
+
+
+def _copy_weights(path: Path, out: Path) -> None:
+    """Where both formats have the same names: the files themselves, in which each weight keeps its type."""
+    for file in out.glob("*.safetensors*"):
+        file.unlink()
+    for file in (*weight_files(path), *path.glob("model.safetensors.index.json")):
+        shutil.copyfile(file, out / file.name)
 
 
 def _to_published(path: Path, out: Path) -> Path:
@@ -97,12 +107,16 @@ def _to_published(path: Path, out: Path) -> Path:
     if folder.model_type(path) != DmllmConfig.model_type:
         raise ValueError(f"{path} is no dmllm folder; only one that came from a published checkpoint goes back.")
     config = folder.read_config(path)
-    with torch.device("meta"):
-        model = MultimodalModel(config)
-    wanted, known = stored_weights(model).keys(), model.state_dict().keys()  # tied weights once, and under each name
-    weights = read_weights(path)
-    refuse_keys(wanted - weights.keys(), weights.keys() - known, path, f"the model of its {folder.CONFIG}")
-    write_weights(config, {name: weights[name] for name in weights if name in wanted}, out)
+    if config.family is not None and FAMILIES.load(config.family).native is not None:
+        write_native(folder.load(path, dtype="auto").model, out)
+        _copy_weights(path, out)
+    else:
+        with torch.device("meta"):
+            model = MultimodalModel(config)
+        wanted, known = stored_weights(model).keys(), model.state_dict().keys()  # tied ones once, and under each name
+        weights = read_weights(path)
+        refuse_keys(wanted - weights.keys(), weights.keys() - known, path, f"the model of its {folder.CONFIG}")
+        write_weights(config, {name: weights[name] for name in weights if name in wanted}, out)
     for pattern in folder.TOKENIZER_FILES:
         for file in path.glob(pattern):
             if not (out / file.name).exists() and file.name not in OURS and ".safetensors." not in file.name:
