@@ -23,12 +23,12 @@ from dmllm.models.multimodal import MultimodalModel
 
 GROWTH = 4  # of every width, of the number of heads and of layers, from tiny to small; heads stay as wide
 WIDTHS = (
-    *("hidden_size", "d_model", "hidden_dim", "cond_dim", "mm_hidden_size", "out_hidden_size"),
+    *("hidden_size", "d_model", "n_embd", "hidden_dim", "cond_dim", "mm_hidden_size", "out_hidden_size"),
     *("intermediate_size", "mlp_hidden_size", "moe_intermediate_size"),
     *("dense_intermediate_size", "expert_intermediate_size", "shared_expert_intermediate_size"),
-    *("num_attention_heads", "num_key_value_heads", "n_heads", "n_kv_heads"),
+    *("num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "n_kv_heads"),
 )
-DEPTHS = ("num_hidden_layers", "n_layers", "n_blocks")
+DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks")
 
 
 def write_example(family_name: str, out: str | Path, *, size: str = "tiny", seed: int = 0) -> Path:
@@ -63,6 +63,10 @@ def write_example(family_name: str, out: str | Path, *, size: str = "tiny", seed
 def _drawn(family: Family, fields: Mapping[str, Any]) -> MultimodalModel:
     model = MultimodalModel(DmllmConfig(**family.config(fields), family=family.name, published=dict(fields)))
     model.initialise()
+    with torch.no_grad():  # what begins as nothing (a DiT's last matrix) would answer nothing
+        for weight in model.parameters():
+            if weight.ndim > 1 and not weight.any():
+                weight.normal_(std=0.02)
     return model
 
 

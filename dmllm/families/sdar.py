@@ -1,4 +1,4 @@
-"""SDAR 1.7B to 30B (dense): Qwen3's shape in blocks, each seeing itself and those before it; no logit shift.
+"""SDAR 1.7B to 8B: Qwen3's shape in blocks, each seeing itself and those before it; no logit shift.
 
 generate.py calls `steps` of a block denoising_steps (`block_steps`), low_confidence_static `low_confidence` without a
 threshold, low_confidence_dynamic `low_confidence` with one, and counts the calls that store keys (`store_calls`). Its

@@ -47,7 +47,7 @@ def to_dmllm(config: Fields) -> dict[str, Any]:
 SDAR_MOE = replace(
     sdar.SDAR,
     name="sdar_moe",
-    title="SDAR 30B-A3B",
+    title="SDAR 30B-A3B chat and Sci",
     recognise=lambda config: (
         str(config.get("model_type", "")).lower() in ("sdar_moe", "sdarmoe", "sdar")
         and "num_experts" in config
