@@ -64,7 +64,7 @@ SDAR = Family(
         "eos_early_stop": False,
     },
     decode_of=ends,
-    verified="logits, generations, forwards: tests/families/test_sdar.py",
+    verified="logits, generations, forwards: tests/families/test_sdar.py; loss: tests/families/test_losses.py",
     quirks=(
         (
             "where a block begins with the prompt's last tokens and a call's quota is above what is open, top-k takes "
