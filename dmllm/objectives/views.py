@@ -68,7 +68,7 @@ def two_copies(batch: Batch, block_length: int, views: int) -> Laid:
     if bool((prefix % block_length).any()):
         raise ValueError(
             f"The prefix that documents share has {int(prefix[prefix % block_length > 0][0])} rows, which is not a "
-            f"whole number of blocks of {block_length}; use model.processor.image_prefix=false."
+            f"whole number of blocks of {block_length}; use model.processor.image_prefix=false, turns=all."
         )
     scored = per_document((batch.labels != IGNORE).float(), number := number_blocks(batch.documents, block)) > 0
     place, there = _in_front(scored.gather(1, number) & (batch.documents >= 0))

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmllm.checkpoints.published import write_published
-from dmllm.objectives.loss import normalise
 from dmllm.objectives.masked import Noised
 from dmllm.pipeline import load
 from dmllm.types import IGNORE, TEXT, Batch
@@ -49,46 +48,6 @@ def assert_written_back(pipe: Any, recorded: Recorded, out: Path) -> None:
         assert written[name].dtype == tensor.dtype, name
         assert torch.equal(written[name], tensor), name
     assert json.loads((out / "config.json").read_text()) == recorded.config
-
-
-def noised(
-    objective: Any,
-    noisy: Tensor,
-    clean: Tensor,
-    weights: Tensor,
-    *,
-    scored: Tensor,
-    visibility: Any,
-    positions: Tensor | None = None,
-    suffix: Tensor | None = None,
-) -> Noised:
-    """A corruption as recorded, in the form in which an objective scores it: what is hidden counts where `scored`.
-
-    `suffix` [B, S] is given behind the noisy ids [B, L], as in training by blocks.
-    """
-    hidden = noisy == objective.special.mask
-    documents = torch.zeros_like(noisy)
-    weights, count = normalise(objective.config.reduction, weights, scored.float(), hidden & scored, documents)
-    row, column = (hidden & scored).nonzero(as_tuple=True)
-    ids = noisy if suffix is None else torch.cat([noisy, suffix], 1)
-    labels = torch.full_like(ids, IGNORE)
-    labels[:, : noisy.shape[1]] = torch.where(scored, clean, IGNORE)
-    batch = Batch(
-        input_ids=ids,
-        labels=labels,
-        image_slots=torch.full_like(ids, TEXT),
-        documents=torch.zeros_like(ids),
-        positions=torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions,
-    )
-    return Noised(
-        batch=batch,
-        visibility=visibility,
-        time=torch.zeros_like(ids, dtype=torch.float32),
-        rows=row * ids.shape[1] + column,
-        targets=clean[row, column],
-        weights=weights[row, column],
-        counts={"masked": count},
-    )
 
 
 def corrupted(objective: Any, noisy: Tensor, clean: Tensor, time: Tensor, *, scored: Tensor) -> Noised:

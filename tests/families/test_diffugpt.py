@@ -12,7 +12,7 @@ from dmllm.families import family_of
 from dmllm.families.diffugpt import DIFFUGPT
 from dmllm.nn.visibility import layout
 from dmllm.objectives import build_objective
-from tests.families.recorded import Recorded, assert_written_back, mean, noised
+from tests.families.recorded import Recorded, assert_written_back, corrupted, mean
 
 RECORDED = Recorded("diffugpt")
 INPUTS, EXPECTED = RECORDED.inputs, RECORDED.expected
@@ -49,12 +49,11 @@ def test_the_loss_is_that_of_the_authors(pipe):
     """1/t, divided by the number of hidden tokens; nothing predicts the first one, and a given source is not hidden."""
     clean, noisy, time = INPUTS["train"], EXPECTED["loss_shift.xt"], EXPECTED["loss_shift.t"]
     assert (pipe.logits(noisy) - aligned(EXPECTED["loss_shift.logits"])).abs().max() < 1e-4
-    everything = layout("full", documents=torch.zeros_like(clean), canvas=clean >= 0)
     scored = (torch.arange(clean.shape[1]) > 0) & (INPUTS["train_src_mask"] == 0)
-    objective = build_objective("masked", {"reduction": "masked"}, pipe.special, "full")
-    for weights, name in ((1 / time, "loss"), (torch.ones(3), "unweighted_loss")):
-        each = weights[:, None].expand_as(clean)
-        recorded = noised(objective, noisy, clean, each, scored=scored, visibility=everything)
+    for weight, name in (("elbo", "loss"), ("none", "unweighted_loss")):
+        objective = build_objective("masked", {"reduction": "masked", "weight": weight}, pipe.special, "full")
+        recorded = corrupted(objective, noisy, clean, time[:, None], scored=scored)
+        assert torch.equal(recorded.batch.input_ids, noisy)
         assert mean(objective, pipe.model, recorded) == pytest.approx(float(EXPECTED[f"loss_shift.{name}"]), rel=1e-5)
 
 

@@ -16,9 +16,8 @@ from dmllm.checkpoints.published import write_published
 from dmllm.families import FAMILIES, family_of
 from dmllm.families.image_vocabulary import ImageVocabulary
 from dmllm.families.lumina_dimoo import CHAT_TEMPLATE, IMAGES, LUMINA_DIMOO, SYSTEM, decode_of, image_vocabulary
-from dmllm.nn.visibility import layout
-from dmllm.objectives.masked import Masked, MaskedConfig
-from tests.families.recorded import mean, noised
+from dmllm.objectives import build_objective
+from tests.families.recorded import corrupted, mean
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lumina_dimoo"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")
@@ -110,6 +109,9 @@ def test_guidance_hides_the_ending_with_the_prompt(pipeline):
     prompts, options = asked(case)
     made = pipeline.generate(prompts, cfg_masks_draft=False, **options)
     assert made.sequences[:, len(prompts[0]) :].tolist() != [case["output"][0][:-1]]
+    one = {**options, "block_length": 1, "block_steps": None}  # so that every call makes all that is cached anew
+    kept, plain = (pipeline.generate(prompts, **one, **more) for more in ({"cache": "dual"}, {}))
+    assert torch.equal(kept.sequences, plain.sequences)
 
 
 @pytest.mark.parametrize("name", STOPPED)
@@ -127,10 +129,9 @@ def test_an_answer_ends_at_its_end_token_with_the_block_in_which_the_authors_mea
 
 def test_the_loss_is_the_mean_over_masked_tokens(pipeline):
     ids, labels = EXPECTED["train/ids"], EXPECTED["train/labels"]
-    objective = Masked(MaskedConfig(reduction="masked"), pipeline.special, "full")
-    scored = labels != -100
-    everything = layout("full", documents=torch.zeros_like(ids), canvas=torch.ones_like(scored))
-    hidden = noised(objective, ids, labels, torch.ones(ids.shape), scored=scored, visibility=everything)
+    objective = build_objective("masked", {"reduction": "masked", "weight": "none"}, pipeline.special, "full")
+    hidden = corrupted(objective, ids, labels, torch.ones(()), scored=labels != -100)
+    assert torch.equal(hidden.batch.input_ids, ids)
     assert abs(mean(objective, pipeline.model, hidden) - float(EXPECTED["train/loss"])) < 1e-4
 
 
