@@ -60,7 +60,7 @@ def load(
     Args:
         path_or_name: a folder, a packaged name such as "dmllm-tiny", or a hub name.
         device: None is the GPU if there is one, else the CPU.
-        dtype: None is float32 on a CPU and the checkpoint's own elsewhere.
+        dtype: None is float32 on a CPU and the checkpoint's own elsewhere; "auto" is its own everywhere.
         revision: of a hub name: a branch, tag or commit.
         config: fields over those of a published config.json, e.g. {"image_aspect_ratio": "pad"}.
 
@@ -68,10 +68,10 @@ def load(
         ValueError, FileNotFoundError: there is no such checkpoint, or it is not complete; the message says which file.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str):
+    if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is not a torch dtype; use float32, bfloat16 or float16.")
+            raise ValueError(f"dtype={dtype!r} is not a torch dtype; use auto, float32, bfloat16 or float16.")
         dtype = found
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
@@ -217,6 +217,8 @@ class Pipeline:
         """
         if feedback is not None and not getattr(self.model, "takes_feedback", False):
             raise ValueError("This model is not conditioned on its own logits; leave feedback out.")
+        if visibility is not None and hasattr(self.model, "denoise"):
+            raise ValueError("visibility= is not for a model that transformers computes in its own way; leave it out.")
         ids, asked = self._asked(input_ids, attention_mask, images)
         batch = self._collate([a.example for a in asked])
         features = encode_distinct(self.model, batch)
@@ -334,9 +336,10 @@ class Pipeline:
 
     def describe(self) -> dict[str, Any]:
         """Family, parts, sizes, ids, caches and decode defaults, by name."""
+        config = self.decode_config()
         return {
             **describe(self.model, self.tiling),
-            "decoding": ", ".join(f"{k}={v}" for k, v in self.decode_config().chosen.items()),
+            "decoding": ", ".join(f"{k}={v}" for k, v in getattr(config, "chosen", vars(config)).items()),
             "device": f"{self.device}, {self.model.dtype}",
         }
 

@@ -59,8 +59,8 @@ def model_card(name: str, model: MultimodalModel, generation: Mapping[str, Any],
         f"{shape['num_attention_heads']} heads, {shape['vocab_size']} tokens",
         "attention": ATTENTION.get(config.visibility, config.visibility),
     }
-    if getattr(model, "vision", None) is not None:
-        (height, width), (down, across) = model.vision.image_size, model.image_grid
+    if (vision := getattr(model, "vision", None)) is not None:
+        (height, width), (down, across) = vision.image_size, model.image_grid
         rows["vision encoder"] = f"`{config.vision['name']}`, {height} x {width} pixels, layer {config.vision['layer']}"
         rows["projector"] = f"{config.projector['name']}, {down} x {across} rows for a tile"
     decode = {key: value for key, value in generation.items() if value is not None}

@@ -129,7 +129,7 @@ class _Filling:
         refuse_keys(lacking, self.unexpected, self.folder, f"{self.family.title} with this config.json")
         for name, (original, copy) in self.copies.items():
             tensor = self.model.get_parameter(original)
-            if copy.shape != tensor.shape or not torch.equal(copy.to(tensor), tensor):
+            if copy.shape != tensor.shape or not (tensor.is_meta or torch.equal(copy.to(tensor), tensor)):
                 raise ValueError(
                     f"{self.folder} ({self.family.title}): {name} is not the embedding, which config.json says it is; "
                     "if they differ on purpose, write tie_word_embeddings: false there."

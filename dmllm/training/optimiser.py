@@ -15,6 +15,8 @@ from torch.nn import Parameter
 from dmllm.training.config import OptimiserConfig, PartConfig, PartsConfig
 from dmllm.training.muon import Muon
 
+PARTS = ("vision", "projector", "backbone")
+
 
 def part_of(name: str) -> str:
     """The part (vision, projector, backbone) that a parameter's name belongs to."""
@@ -103,7 +105,12 @@ def set_learning_rates(optimisers: dict[str, torch.optim.Optimizer], factor: flo
 
 
 def _part(parts: PartsConfig, name: str) -> PartConfig:
-    return getattr(parts, part_of(name))
+    if (part := part_of(name)) not in PARTS:
+        raise ValueError(
+            f"{name} is of none of the parts that learn ({', '.join(PARTS)}): a model that transformers computes in "
+            "its own way, such as DiffusionGemma, is run here, but not trained."
+        )
+    return getattr(parts, part)
 
 
 def _scale(part: PartConfig, config: OptimiserConfig) -> float:
