@@ -8,6 +8,7 @@ that what is loaded computes what the original computed.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dmllm.families import diffugpt
 from dmllm.families.family import to_ours
 from dmllm.models.backbones import BACKBONES
 from dmllm.models.backbones.transformer import TransformerConfig
+from dmllm.nn.rope import Stretch
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -70,10 +72,10 @@ def from_transformers(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
     if shape["tie_word_embeddings"] and "embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    fields = dict(shape)
-    module, shape_class = BACKBONES.load(fields.pop("type"))
+    own = dict(shape)
+    module, shape_class = BACKBONES.load(own.pop("type"))
     with torch.device("meta"):
-        expected = module(shape_class(**fields)).state_dict()
+        expected = module(shape_class(**own)).state_dict()
     refuse_keys(expected.keys() - weights.keys(), weights.keys() - expected.keys(), folder, config.model_type)
     return shape, weights
 
@@ -83,12 +85,16 @@ def _shape(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
         if (found := getattr(config, name, value)) != value:
             raise ValueError(f"backbone {folder}: {name}={found!r} is not supported; only {value!r} is.")
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"backbone {folder}: rope_parameters={rope} are not supported; only rope_type 'default' is.")
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"backbone {folder}: rope_parameters={rope} are not supported; only rope_type 'default' and 'llama3' are."
+        )
     shape = TransformerConfig(
         **{name: getattr(config, name) for name in COPIED},
         head_dim=getattr(config, "head_dim", None),
         rope_theta=rope.get("rope_theta", TransformerConfig.rope_theta),
+        rope_scaling=Stretch(**{f.name: rope[f.name] for f in fields(Stretch)}) if kind == "llama3" else None,
         **KINDS[config.model_type],
     )
     return {"type": "transformer", **to_dict(shape)}

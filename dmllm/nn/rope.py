@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Longer wavelengths for more positions than a model began with (Llama 3.1, arXiv:2407.21783).
+
+    A wave that turns fewer than `low_freq_factor` times within the old positions turns `factor` times slower, one that
+    turns more than `high_freq_factor` times as before, those between in proportion to how often they turn.
+    """
+
+    factor: float
+    """How many times longer the longest waves become."""
+    low_freq_factor: float
+    """Turns within the old positions up to which the whole factor holds."""
+    high_freq_factor: float
+    """Turns from which none of it does."""
+    original_max_position_embeddings: int
+    """The old positions."""
+
+    def __post_init__(self) -> None:
+        above = min(self.factor, self.original_max_position_embeddings) > 0
+        if not above or self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"{self}: factor and positions must be above 0, low_freq_factor below high_freq_factor.")
+
+    def __call__(self, frequency: Tensor) -> Tensor:
+        """Radians a position -> the same, stretched."""
+        turns = self.original_max_position_embeddings / (2 * math.pi / frequency)  # rounded as in their code
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * frequency / self.factor + kept * frequency
 
 
 def rotary_tables(
@@ -13,6 +45,7 @@ def rotary_tables(
     dtype: torch.dtype,
     sections: tuple[int, ...] = (),
     interleaved: bool = False,
+    stretch: Stretch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each [B, 1, L, head_dim], for positions [B, L]; computed in float32, once per forward.
 
@@ -22,6 +55,7 @@ def rotary_tables(
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequency = 1.0 / theta**exponent  # rounded as in the code that published models were trained with
+    frequency = frequency if stretch is None else stretch(frequency)
     angle = positions[..., None].float() * frequency  # [B, L, head_dim / 2]
     if positions.ndim == 3:
         axes = _axes(sections, interleaved, positions.device)

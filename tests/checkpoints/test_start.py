@@ -67,7 +67,9 @@ def tokenizer(*more: str):
     return made
 
 
-def source(path: Path, kind: str, *, tied: bool = False, rows: int = 280, words=(), shard: str = "1GB", dtype=None):
+def source(
+    path: Path, kind: str, *, tied: bool = False, rows: int = 280, words=(), shard="1GB", dtype=None, stretch=None
+):
     """A model of transformers with a tokenizer, as their `save_pretrained` writes the two."""
     torch.manual_seed(0)
     model_class = getattr(transformers, CLASSES[kind])
@@ -87,7 +89,7 @@ def source(path: Path, kind: str, *, tied: bool = False, rows: int = 280, words=
         (path / "preprocessor_config.json").write_text(json.dumps(PREPARED))
     else:
         text |= {"sliding_window": None} if kind == "mistral" else {}
-        config = model_class.config_class(**text, rope_parameters=rope)
+        config = model_class.config_class(**text, rope_parameters=rope | dict(stretch or {}))
     model = model_class(config).eval()
     for parameter in model.parameters():  # biases and norms start at 0 and 1: make each tell
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
@@ -208,6 +210,23 @@ def test_a_causal_model_becomes_one_that_can_learn_to_denoise(tmp_path, data, ki
     assert (kind == "qwen3_vl") == any("deepstack_merger_list" in name for name in learned)
     again = folder.load(result.model).model.config
     assert (again.visibility, again.mask_token_id, again.shift) == (config.visibility, mask, True)
+
+
+def test_the_stretched_positions_of_llama_3_are_computed_and_others_are_refused(tmp_path):
+    stretch = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = source(tmp_path / "source", "llama", stretch={"rope_type": "llama3", **stretch})
+    convert(str(tmp_path / "source"), tmp_path / "start", to="masked")
+    pipeline = dmllm.load(str(tmp_path / "start"), device="cpu")
+    long = [([*range(256)], [])]
+    assert distance(pipeline, model, long) < 1e-5
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    assert config["backbone"]["rope_scaling"] == stretch
+    plain = dict(config["backbone"], rope_scaling=None)
+    (tmp_path / "start" / "config.json").write_text(json.dumps(config | {"backbone": plain}))
+    assert distance(dmllm.load(str(tmp_path / "start"), device="cpu"), model, long) > 1e-2
+    source(tmp_path / "other", "llama", stretch={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ValueError, match="only rope_type 'default' and 'llama3' are"):
+        convert(str(tmp_path / "other"), tmp_path / "out", to="masked")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2_5_vl", "qwen3_vl"])

@@ -24,7 +24,7 @@ from dmllm.nn.feed_forward import FeedForward
 from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Ragged, ragged
-from dmllm.nn.rope import places, rotary_tables, rotate
+from dmllm.nn.rope import Stretch, places, rotary_tables, rotate
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -51,6 +51,8 @@ class TransformerConfig:
     """Added to the mean square before the root."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    rope_scaling: Stretch | None = None
+    """Longer wavelengths (Llama 3.1), as the fields of `nn.rope.Stretch`; None: as `rope_theta` makes them."""
     rotary_dim: int | None = None
     """Leading features of each head that positions turn; the others stay as they are. None: all."""
     mrope_section: tuple[int, ...] = ()
@@ -75,6 +77,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.moe, Mapping):
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", Stretch(**self.rope_scaling))
         object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
         if self.mrope_section and (len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.rotary_width):
             raise ValueError(
@@ -224,11 +228,11 @@ class Transformer(nn.Module):
             x = mask.gather(embeds)
             several = positions.ndim == 3
             positions = torch.stack([mask.gather(p) for p in positions]) if several else mask.gather(positions)
-        sections, interleaved = config.mrope_section, config.mrope_interleaved
+        turning = (config.mrope_section, config.mrope_interleaved, config.rope_scaling)
         plan = {} if cache is None else cache.plan
         if "rotary" not in plan:
             width, theta = config.rotary_width, config.rope_theta
-            plan["rotary"] = rotary_tables(positions, width, theta, x.dtype, sections, interleaved)
+            plan["rotary"] = rotary_tables(positions, width, theta, x.dtype, *turning)
         rotary = plan["rotary"]
         routings = []
         x, *later = x.split(config.hidden_size, -1)
