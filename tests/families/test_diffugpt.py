@@ -11,7 +11,6 @@ from dmllm.checkpoints.published import write_published
 from dmllm.families import family_of
 from dmllm.families.diffugpt import DIFFUGPT
 from dmllm.nn.visibility import layout
-from dmllm.nn.visibility import layout
 from dmllm.objectives import build_objective
 from tests.families.recorded import Recorded, assert_written_back, corrupted, mean
 
