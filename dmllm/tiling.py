@@ -65,8 +65,9 @@ class TilingConfig:
     """How each of several images of one request is cut: as one alone, or as one padded tile each."""
     fill: tuple[int, int, int] | None = None
     """Red, green, blue of the padding, 0-255; None: the encoder's mean (127) for pad, black for anyres, as LLaVA."""
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    """How pixels are resized."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "torch_bilinear", "torch_bicubic"] = "bicubic"
+    """How pixels are resized: by Pillow, or by torch as torchvision and transformers' "fast" processors do it, which
+    rounds otherwise (a few pixels differ, by one or two of 255)."""
 
     def __post_init__(self) -> None:
         for name in ("tile_size", "grid"):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from dmllm.tiling import Plan, TilingConfig
 
@@ -61,15 +62,14 @@ def cut_tiles(image: Image.Image, plan: Plan, config: TilingConfig) -> Tensor:
     """The plan's tiles of an RGB image, in the plan's order: uint8 [T, 3, H, W]."""
     height, width = config.tile_size
     fill = config.fill or ((127, 127, 127) if config.mode == "pad" else (0, 0, 0))
-    resample = _RESAMPLING[config.interpolation]
     tiles = []
     for view in plan.views:
-        picture = _resized(image, view.size, resample)
+        picture = _resized(image, view.size, config.interpolation)
         if view.canvas != view.size:
             canvas = Image.new("RGB", (view.canvas[1], view.canvas[0]), fill)
             canvas.paste(picture, (view.offset[1], view.offset[0]))
             picture = canvas
-        picture = _resized(picture, view.final, resample)
+        picture = _resized(picture, view.final, config.interpolation)
         down, across = view.final[0] // height, view.final[1] // width
         pixels = np.asarray(picture).reshape(down, height, across, width, 3)
         tiles.append(pixels.transpose(0, 2, 4, 1, 3).reshape(down * across, 3, height, width))
@@ -151,5 +151,12 @@ def _grey_to_rgb(pixels: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    return image if image.size == (size[1], size[0]) else image.resize((size[1], size[0]), resample)
+def _resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+    height, width = size
+    if image.size == (width, height):
+        return image
+    if (resample := _RESAMPLING.get(interpolation)) is not None:
+        return image.resize((width, height), resample)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    found = F.interpolate(pixels, size, mode=interpolation.removeprefix("torch_"), antialias=True)
+    return Image.fromarray(found[0].permute(1, 2, 0).contiguous().numpy())

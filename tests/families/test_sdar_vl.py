@@ -1,4 +1,4 @@
-"""SDAR-VL against transformers' LLaVA-OneVision, whose frame it has: packed pictures, streams, logits, both ways."""
+"""SDAR-VL as recorded, and against transformers' LLaVA-OneVision, whose frame it has: pictures, logits, both ways."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from dmllm.families import family_of
 from dmllm.families.sdar_vl import SDAR_VL
 from dmllm.pipeline import load
 from dmllm.tiling import plan
+from tests.families.recorded import Recorded, assert_written_back
 
 CONFIG = {**SDAR_VL.example, "pad_token_id": 258}
 IMAGE = CONFIG["image_token_index"]
+RECORDED = Recorded("sdar_vl")
+CASES = json.loads((RECORDED.folder / "cases.json").read_text())
+"""Prompts drawn at random, for which noise of 3e-4 on the logits changes neither tokens nor calls."""
+PICTURES = {name: str(RECORDED.folder / f"{name}.png") for name in ("square", "wide", "tall", "large")}
 SIZES = [(56, 56), (100, 60), (60, 130), (168, 168), (200, 40)]
 
 
@@ -131,4 +136,77 @@ def test_another_layer_of_the_tower_is_refused_by_name(folder, tmp_path):
 
 def test_sizes_to_choose_from_are_heights_and_widths(folder):
     wide = load(str(folder), device="cpu", config={"image_grid_pinpoints": [[56, 112]]})
+    assert wide.tiling is not None
     assert [tuple(size) for size in wide.tiling.pinpoints] == [(56, 112)]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return RECORDED.load()
+
+
+def cut(pipe, name: str):
+    """The tiles of a recorded picture, and how they lie."""
+    image = Image.open(PICTURES[name])
+    scheme = plan(image.width, image.height, pipe.tiling)
+    return cut_tiles(image, scheme, pipe.tiling), scheme
+
+
+@pytest.mark.parametrize("name", list(PICTURES))
+def test_pixels_are_those_of_the_authors_processor(recorded, name):
+    assert torch.equal(cut(recorded, name)[0], RECORDED.expected[f"{name}.tiles"])
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_pixels_are_those_of_a_processor_that_is_not_fast_where_none_is_named(tmp_path, name):
+    slow = RECORDED.changed(tmp_path)
+    assert torch.equal(cut(slow, name)[0], RECORDED.expected[f"{name}.tiles_by_pillow"])
+
+
+@pytest.mark.parametrize("name", ["text", *PICTURES])
+def test_logits_are_the_authors_in_blocks(recorded, name):
+    ids = RECORDED.inputs[name]
+    found = recorded.logits(ids, images=[[PICTURES[name]] if name in PICTURES else []])
+    torch.testing.assert_close(
+        found[:, ids[0] != recorded.special.image], RECORDED.expected[f"{name}.logits"], atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", list(PICTURES))
+def test_features_are_the_authors(recorded, name):
+    tiles, scheme = cut(recorded, name)
+    rows = recorded.model.encode_images(tiles)
+    packed = RECORDED.expected[f"{name}.features"]
+    side = recorded.model.image_grid[0] * recorded.model.image_grid[1]
+    torch.testing.assert_close(rows[:side], packed[:side], atol=1e-4, rtol=0)
+    assert len(scheme.slots) == len(packed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['image']}, {case['params']}")
+def test_greedy_decoding_makes_the_authors_calls_and_finds_their_tokens(recorded, case):
+    """With pictures in whole blocks, as generate.py needs them; a reply ends behind the block of its stop."""
+    params, theirs = case["params"], case["tokens"]
+    strategy, block = params["remasking_strategy"], params["block_length"]
+    stops = params.get("stopping_criteria_idx", [])
+    out = recorded.generate(
+        [case["prompt"]],
+        images=[[PICTURES[case["image"]]] if case["image"] else []],
+        max_new_tokens=len(theirs),
+        block_length=block,
+        block_steps=params["denoising_steps"],
+        visibility=f"block:{block}",
+        remasking="sequential" if strategy == "sequential" else "low_confidence",
+        threshold=params["confidence_threshold"] if strategy.endswith("dynamic") else None,
+        eos_token_id=stops,
+    )
+    ends = min([theirs.index(stop) + 1 for stop in stops if stop in theirs], default=len(theirs))
+    assert out.sequences[0, len(case["prompt"]) :][:ends].tolist() == theirs[:ends]
+    assert int(out.num_forwards) == case["nfe"]
+
+
+def test_the_recorded_checkpoint_is_written_back_with_its_processor(recorded, tmp_path):
+    assert_written_back(recorded, RECORDED, tmp_path)
+    there, back = (
+        json.loads((folder / "preprocessor_config.json").read_text()) for folder in (RECORDED.folder, tmp_path)
+    )
+    assert there == back
