@@ -28,7 +28,7 @@ from dmllm.samplers.denoise import Predict
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
 from dmllm.samplers.policy import CachePolicy
-from dmllm.samplers.stream import Stream
+from dmllm.samplers.stream import Stream, asked_twice, guided
 from dmllm.types import PADDING, TEXT, Batch
 
 
@@ -55,23 +55,14 @@ def prepare(
         )
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
-    if trained is not None and (config.suffix_ids or draft is not None):
-        said = f"suffix_ids={config.suffix_ids}" if draft is None else "draft="
-        raise ValueError(f"{said} is not for visibility={kind!r}: such a model fills its blocks from left to right.")
-    config, draft = _with_suffix(config, draft, len(prompts), mask_id)
+    config, draft = _with_suffix(config, draft, len(prompts), mask_id, kind)
     length, scale, policy = config.max_new_tokens, config.cfg_scale, CachePolicy.of(config.cache)
     first = config.prompt_first and model.config.shift and (kind != "full" or policy is not None)
     stores = first or (config.store_calls and use_cache is not False)
     in_loop = first and (trained is not None or policy is not None)
     config = replace(config, store_calls=stores and trained is not None, prompt_first=in_loop)
     if policy is not None:
-        if kind != "full":
-            raise ValueError(
-                f"cache={policy.kind} is for models with full attention; with visibility={kind!r} what can be kept is "
-                "kept anyway, exactly. Leave cache out."
-            )
-        if use_cache is not None:
-            raise ValueError(f"use_cache={use_cache} and cache={policy.kind} say different things; give one of them.")
+        _check_policy(policy, kind, use_cache)
         canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
         predict = _approximate(model, prompts, canvas, config, policy)
         return predict, canvas, config
@@ -118,6 +109,17 @@ def prepare(
     return predict, canvas, config
 
 
+def _check_policy(policy: CachePolicy, kind: str, use_cache: bool | None) -> None:
+    """Raise ValueError where visibility `kind` or `use_cache` goes against an approximate cache."""
+    if kind != "full":
+        raise ValueError(
+            f"cache={policy.kind} is for models with full attention; with visibility={kind!r} what can be kept is "
+            "kept anyway, exactly. Leave cache out."
+        )
+    if use_cache is not None:
+        raise ValueError(f"use_cache={use_cache} and cache={policy.kind} say different things; give one of them.")
+
+
 @torch.no_grad()
 def _approximate(
     model: Any, prompts: Batch, canvas: Canvas, config: DecodeConfig, policy: CachePolicy
@@ -127,7 +129,14 @@ def _approximate(
     lengths = (prompts.documents != PADDING).sum(1).to(model.device).repeat(twice)
     images = F.pad(prompts.image_slots.to(model.device) != TEXT, (0, length)).repeat(twice, 1)
     fed = Stream(model, stream, positions, lengths, length, "full", KVCache(documents.shape[1]))
-    return ApproximatePredictor(fed, policy, config.block_of(length), images, cfg_scale=config.cfg_scale)
+    return ApproximatePredictor(
+        fed,
+        policy,
+        config.block_of(length),
+        images,
+        cfg_scale=config.cfg_scale,
+        cfg_masks_draft=config.cfg_masks_draft,
+    )
 
 
 @dataclass(frozen=True)
@@ -193,10 +202,9 @@ class Predictor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K]."""
         now = self._prompts_of(canvas.requests)
         given = now.stream.shape[1]
-        ids, time = canvas.ids, canvas.time
+        ids, time = asked_twice(canvas, self.cfg_scale, self._masks_draft), canvas.time
         if self.cfg_scale:
-            alone = ids.masked_fill(~canvas.editable, canvas.mask_id) if self._masks_draft else ids
-            ids, rows, time = torch.cat([ids, alone]), rows.repeat(2, 1), time.repeat(2)
+            rows, time = rows.repeat(2, 1), time.repeat(2)
         stream, positions, visibility = self.model.embed(ids), now.positions, now.visibility
         if now.cache is None:
             stream, rows = torch.cat([now.stream, stream], 1), rows + given
@@ -205,10 +213,7 @@ class Predictor:
         logits = self.model(
             inputs_embeds=stream, positions=positions, visibility=visibility, cache=now.cache, time=time, rows=rows
         ).logits
-        if not self.cfg_scale:
-            return logits
-        with_prompt, without = logits.float().chunk(2)
-        return without + (self.cfg_scale + 1) * (with_prompt - without)
+        return guided(logits, self.cfg_scale)
 
     def _prompts_of(self, requests: Tensor) -> _Prompts:
         """The prompts of the rows that are left; selected anew only when rows have left."""
@@ -252,9 +257,16 @@ class Predictor:
 
 
 def _with_suffix(
-    config: DecodeConfig, draft: Tensor | None, rows: int, mask_id: int
+    config: DecodeConfig, draft: Tensor | None, rows: int, mask_id: int, kind: str
 ) -> tuple[DecodeConfig, Tensor | None]:
-    """The settings and the draft of a canvas with `suffix_ids` behind it: blocks and calls are those without them."""
+    """The settings and the draft of a canvas with `suffix_ids` behind it: blocks and calls are those without them.
+
+    Raises:
+        ValueError: visibility `kind` takes neither.
+    """
+    if check_layout(kind) is not None and (config.suffix_ids or draft is not None):
+        said = f"suffix_ids={config.suffix_ids}" if draft is None else "draft="
+        raise ValueError(f"{said} is not for visibility={kind!r}: such a model fills its blocks from left to right.")
     if not (suffix := torch.tensor(config.suffix_ids)).numel():
         return config, draft
     length = config.max_new_tokens

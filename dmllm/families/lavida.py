@@ -98,6 +98,7 @@ LAVIDA_DREAM = Family(
     recognise=lambda config: _pictures(config, "dream"),
     config=of_dream,
     keys=(*dream.KEYS, *llava.TOWER_KEYS, *POOLED),
+    tokenizer="Qwen2Tokenizer",
     chat_template=llava.template(CHATML),
     decode={
         "max_new_tokens": 64,
@@ -106,7 +107,35 @@ LAVIDA_DREAM = Family(
         "count_mask": True,
         "prompt_first": True,
     },
-    verified="nothing recorded; its parts are those of lavida and dream",
+    verified="tiles, features, merged streams, logits, generations, forwards: tests/families/test_lavida_dream.py",
+    quirks=(
+        (
+            "step_ratio leaves the times of schedule: time those of all steps, so that the last call commits the rest",
+            "eps: 1 - step_ratio * (1 - eps), which gives theirs",
+            "fewer steps are meant to share the whole time; with step_ratio=0.5 the last of 8 calls commits 10 of 16",
+        ),
+        (
+            "a schedule with prefix_lm and step_ratio=1 stops with an IndexError in the last step",
+            "fixed",
+            "the prompt gives the first token, so there is one call less than places",
+        ),
+        (
+            "diffusion_generate takes top_k=50 from transformers' defaults, generate top_p=0.95, and confidence from "
+            "what these leave, at temperature 0 too",
+            "fixed; theirs with top_k=None, top_p=None",
+            "they say what may be drawn; the authors' evaluation asks for no top_p",
+        ),
+        (
+            "the mask token may be chosen, with prefix_lm as the first token too; its place stays open",
+            "choose_mask: true gives theirs but for the first token",
+            "a mask is no part of an answer",
+        ),
+        (
+            "generate drops the attention mask, and the rows of a batch share one quota, or the first row's table",
+            "fixed",
+            "a row gives the same tokens alone and in a batch",
+        ),
+    ),
     example={
         **dream.EXAMPLE,
         "architectures": ["LlavaDreamForMaskedDiffusion"],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.policy import CachePolicy
-from dmllm.samplers.stream import Stream, guided
+from dmllm.samplers.stream import Stream, asked_twice, guided
 
 
 class ApproximatePredictor:
@@ -25,15 +25,23 @@ class ApproximatePredictor:
         block_length: of the canvas.
         images: [B, S] bool, the places of the prompts' image rows.
         cfg_scale: guidance, 0 for none.
+        cfg_masks_draft: whether it leaves out what was given on the canvas too.
     """
 
     def __init__(
-        self, stream: Stream, policy: CachePolicy, block_length: int, images: Tensor, *, cfg_scale: float = 0.0
+        self,
+        stream: Stream,
+        policy: CachePolicy,
+        block_length: int,
+        images: Tensor,
+        *,
+        cfg_scale: float = 0.0,
+        cfg_masks_draft: bool = False,
     ):
         assert stream.cache is not None
         stream.cache.exact = policy.exact
         self.stream, self.policy, self.block_length, self.cfg_scale = stream, policy, block_length, cfg_scale
-        self._images = images
+        self._images, self._masks_draft = images, cfg_masks_draft
         self._requests: Tensor | None = None
         self._filled = False  # whether every place has been written
 
@@ -43,7 +51,8 @@ class ApproximatePredictor:
         self._keep(canvas.requests)
         twice, lengths = 2 if self.cfg_scale else 1, self.stream.lengths
         block, calls = canvas.block.repeat(twice), canvas.calls.repeat(twice)
-        ids, time, asked = canvas.ids.repeat(twice, 1), canvas.time.repeat(twice), rows.repeat(twice, 1)
+        ids = asked_twice(canvas, self.cfg_scale, self._masks_draft)
+        time, asked = canvas.time.repeat(twice), rows.repeat(twice, 1)
         asked = asked + lengths[:, None]
         anew = (calls == 0) & (block % self.policy.refresh == 0) | (not self._filled)
         logits: Tensor | None = None

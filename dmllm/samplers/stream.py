@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmllm.nn.cache import KVCache
 from dmllm.nn.visibility import layout
+from dmllm.samplers.canvas import Canvas
 from dmllm.types import PADDING
 
 
@@ -109,6 +110,18 @@ class Stream:
         if len(self._window) == 4:
             self._window = (*self._window, torch.where(real, places, self.cache.size))
         return self._window[4]
+
+
+def asked_twice(canvas: Canvas, cfg_scale: float, masks_draft: bool) -> Tensor:
+    """The canvas's ids [B, N] as rows with their prompts see them; under guidance, then as those without do [2 B, N].
+
+    Args:
+        masks_draft: whether what was given on the canvas is a part of the prompt in this.
+    """
+    if not cfg_scale:
+        return canvas.ids
+    without = canvas.ids.masked_fill(~canvas.editable, canvas.mask_id) if masks_draft else canvas.ids
+    return torch.cat([canvas.ids, without])
 
 
 def guided(logits: Tensor, cfg_scale: float) -> Tensor:
