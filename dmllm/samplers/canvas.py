@@ -8,7 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PER_ROW = ("ids", "committed", "editable", "requests", "offset", "block", "opened", "calls", "post", "forwards", "time")
+from dmllm.samplers.estimate import Heard
+
+PER_ROW = (
+    "ids",
+    "committed",
+    "editable",
+    "requests",
+    "offset",
+    "block",
+    "opened",
+    "calls",
+    "post",
+    "forwards",
+    "time",
+    "stable",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +41,9 @@ class Canvas:
     post: Tensor  # [B] int64: calls that it may still have now that it is full
     forwards: Tensor  # [B] int64: model calls spent on the row
     time: Tensor  # [B] float32: its noise level, 1 where nothing is known and 0 where all is
+    stable: Tensor  # [B, N] int64: for how many calls up to now a token's prediction has hardly changed
     mask_id: int
+    heard: Heard | None = None  # the last call's logits, where a rule compares with them
     block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's
 
     @staticmethod
@@ -46,6 +63,7 @@ class Canvas:
             post=none,
             forwards=none,
             time=(~committed).float().mean(1),
+            stable=torch.zeros_like(ids),
             mask_id=mask_id,
         )
 
@@ -60,7 +78,8 @@ class Canvas:
 
     def take(self, rows: Tensor) -> Canvas:
         """Some rows of the batch, `rows` [B'] int64."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in PER_ROW})
+        heard = None if self.heard is None else self.heard.take(rows)
+        return replace(self, heard=heard, **{name: getattr(self, name)[rows] for name in PER_ROW})
 
     def put(self, part: Canvas) -> Canvas:
         """This first canvas with the rows of `part` in their places: the inverse of `take`."""

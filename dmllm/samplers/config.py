@@ -28,6 +28,16 @@ REMASKING = Table(
     },
 )
 SCHEDULES = ["even", "fixed", "time", "confident", *CURVES]
+REMDM = ["cap", "rescale", "conf"]
+OPTIONAL = {  # what None says
+    "threshold": "the quota alone",
+    "factor": "the quota alone",
+    "entropy_bound": "the quota alone",
+    "kl_threshold": "no such condition",
+    "revoke_threshold": "no revoking",
+    "editing_threshold": "no editing",
+}
+SURE = ("threshold", "factor", "entropy_bound")  # three ways to say what is sure enough
 COUNTS = ("steps", "block_steps", "num_to_transfer")  # three ways to say how many tokens a call commits
 
 
@@ -68,6 +78,29 @@ class DecodeConfig:
     each by itself with probability 1 - s/t, as in the diffusion process); or your own rule as "module:function"."""
     threshold: float | None = None
     """Also commit every token at least this probable, so that a step may commit many; None is the quota alone."""
+    factor: float | None = None
+    """Also commit the n most probable tokens where the n-th is at least 1 - factor / (n + 1) probable (Fast-dLLM's
+    factor-based decoding; 1 is usual), in place of `threshold`."""
+    entropy_bound: float | None = None
+    """Also commit the first tokens in the order of `remasking` whose entropies, but for the largest, sum to at most
+    this many nats (EB-Sampler; DiffusionGemma's 0.1 goes with remasking: entropy), in place of `threshold`."""
+    kl_threshold: float | None = None
+    """What `threshold` also commits must have a prediction that changed by less than this many nats from call to call
+    (KLASS; 0.01 is usual), and the quota is for calls in which there is none; None asks for no such thing."""
+    kl_history_length: int = 2
+    """In each of how many changes up to now."""
+    early_exit_thresholds: list[float] = field(default_factory=list)
+    """Commit all that is open in the block, once its most probable tokens are on average this far ahead of the next, in
+    logits: in the first, second and last third of the block's calls (Prophet; 7.5, 5, 2.5); [] never does."""
+    revoke_threshold: float | None = None
+    """Open a token of the active block again that is less probable than this, given the others (WINO's threshold_back;
+    it goes with a low `threshold`, and takes a second call of the model in each); None never does."""
+    remdm: str | None = None
+    """How likely a committed token is masked again from time t to s, under `schedule: time` and `remasking: origin`:
+    cap (`eta`, at most s / (1 - t)), rescale (`eta` s / (1 - t)), conf (s / (1 - t) shared out, the larger part to what
+    was less probable when it was committed); None is not at all (ReMDM)."""
+    eta: float = 0.02
+    """Of `remdm`: 0 masks nothing again, 1 as much as there can be."""
     suppress_ids: list[int] = field(default_factory=list)
     """Tokens that are never produced (LLaDA's logits_eos_inf, with the end of sequence here)."""
     distrust_ids: list[int] = field(default_factory=list)
@@ -125,8 +158,8 @@ class DecodeConfig:
         for name in ("max_new_tokens", "steps", "block_length", "sub_block_length", "block_steps", "num_to_transfer"):
             _whole(name, getattr(self, name), least=1, optional=name != "max_new_tokens")
         _whole("max_post_steps", self.max_post_steps, least=0, optional=False)
-        for name in ("threshold", "editing_threshold", "eps", "temperature", "top_p", "cfg_scale"):
-            value, optional = getattr(self, name), name.endswith("threshold")
+        for name in (*OPTIONAL, "eps", "eta", "temperature", "top_p", "cfg_scale"):
+            value, optional = getattr(self, name), name in OPTIONAL
             if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name}={value!r} must be a number{' or None' if optional else ''}.")
         if any(type(i) is not int for i in self.stop_ids):
@@ -140,10 +173,6 @@ class DecodeConfig:
         for name, value, table in (("remasking", self.remasking, REMASKING), ("schedule", self.schedule, SCHEDULES)):
             if value not in table and (name == "schedule" or ":" not in str(value)):
                 raise ValueError(f"{name}={value!r} is not a known rule; {nearest(str(value), table)}")
-        for name, value in (("threshold", self.threshold), ("editing_threshold", self.editing_threshold)):
-            if value is not None and not 0 <= value <= 1:
-                what = "the quota alone" if name == "threshold" else "no editing"
-                raise ValueError(f"{name}={value} is a probability between 0 and 1, or None for {what}.")
         if isinstance(self.shift, bool) or not isinstance(self.shift, int | float) or not 0 < self.shift < float("inf"):
             raise ValueError(f"shift={self.shift!r} must be a number above 0; 1 is linear, 3 is usual.")
         if not 0 < self.eps < 1:
@@ -158,20 +187,13 @@ class DecodeConfig:
             raise ValueError(f"top_p={self.top_p} has no effect at temperature=0; set a temperature or top_p=1.0.")
         if not 0 <= self.cfg_scale < float("inf"):
             raise ValueError(f"cfg_scale={self.cfg_scale} must be 0 (no guidance) or above.")
-        said = [f"{name}={value}" for name in COUNTS if (value := getattr(self, name)) is not None]
-        if len(said) > 1:
-            raise ValueError(f"{' and '.join(said)} say the same thing twice; give one of them.")
         if self.visibility is not None:
             check_layout(self.visibility)
         sub, block = self.sub_block_length, self.block_length
         if sub and block and sub < block and block % sub:
             below = max(n for n in range(1, sub) if block % n == 0)
             raise ValueError(f"sub_block_length={sub} does not divide block_length={block}; try {below} or {block}.")
-        if self.editing_threshold is not None and (sub or self.sub_block_cache or self.prompt_first):
-            raise ValueError(
-                f"editing_threshold={self.editing_threshold} looks at a whole block until nothing changes; say "
-                "sub_block_length=None, sub_block_cache=False and prompt_first=False."
-            )
+        _check_rules(self)
         CachePolicy.of(self.cache)
         self.steps_per_block(self.max_new_tokens)
 
@@ -219,14 +241,24 @@ class DecodeConfig:
         return self.temperature > 0
 
     @property
+    def quota_if_unsure(self) -> bool:
+        """Whether the quota is for calls in which nothing is sure, rather than what every call commits at least."""
+        return self.schedule == "confident" or self.kl_threshold is not None
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a committed token may be replaced or opened again, as long as its block is the active one."""
+        return not (self.editing_threshold is None and self.revoke_threshold is None and self.remdm is None)
+
+    @property
     def reads_runner_up(self) -> bool:
         """Whether a rule looks at the second most probable token; one of one's own may."""
-        return self.remasking == "margin" or ":" in self.remasking
+        return self.remasking == "margin" or ":" in self.remasking or bool(self.early_exit_thresholds)
 
     @property
     def reads_entropy(self) -> bool:
         """Whether a rule looks at entropies; one of one's own may."""
-        return self.remasking == "entropy" or ":" in self.remasking
+        return self.remasking == "entropy" or ":" in self.remasking or self.entropy_bound is not None
 
     @property
     def draws_order(self) -> bool:
@@ -265,9 +297,47 @@ def decode_config(options: Mapping[str, Any], defaults: Mapping[str, Any] | None
     chosen = {k: v for k, v in (defaults or {}).items() if k in known}
     if any(name in options for name in COUNTS):
         chosen = {k: v for k, v in chosen.items() if k not in COUNTS}
+    if any(options.get(name) is not None for name in SURE):
+        chosen = {k: v for k, v in chosen.items() if k not in SURE}
     return DecodeConfig(**{**chosen, **options})
 
 
 def _whole(name: str, value: Any, *, least: int, optional: bool) -> None:
     if not (value is None and optional) and (type(value) is not int or value < least):
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}{' or None' if optional else ''}.")
+
+
+def _check_rules(config: DecodeConfig) -> None:
+    """Refuse rules that do not go together, and numbers that they cannot take."""
+    for names in (COUNTS, SURE):
+        said = [f"{name}={value}" for name in names if (value := getattr(config, name)) is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} say the same thing twice; give one of them.")
+    for name, none in OPTIONAL.items():
+        value, probability = getattr(config, name), name.endswith("threshold") and name != "kl_threshold"
+        if value is not None and not (0 <= value <= 1 if probability else 0 <= value < float("inf")):
+            what = "is a probability between 0 and 1" if probability else "must be 0 or above"
+            raise ValueError(f"{name}={value} {what}, or None for {none}.")
+    _whole("kl_history_length", config.kl_history_length, least=1, optional=False)
+    if config.kl_threshold is not None and config.threshold is None:
+        raise ValueError(f"kl_threshold={config.kl_threshold} is a condition on what threshold commits; say it too.")
+    gaps = config.early_exit_thresholds
+    if not isinstance(gaps, list | tuple) or len(gaps) not in (0, 3) or any(type(g) not in (int, float) for g in gaps):
+        raise ValueError(f"early_exit_thresholds={gaps!r} must be three numbers, e.g. [7.5, 5.0, 2.5], or [].")
+    if config.remdm is not None and config.remdm not in REMDM:
+        raise ValueError(f"remdm={config.remdm!r} is not a known rule; {nearest(str(config.remdm), REMDM)}")
+    if not 0 <= config.eta <= 1:
+        raise ValueError(f"eta={config.eta} must lie between 0 (nothing is masked again) and 1.")
+    if config.remdm is not None and (config.schedule, config.remasking) != ("time", "origin"):
+        raise ValueError(
+            f"remdm={config.remdm!r} runs the diffusion process backwards; say schedule='time', remasking='origin'."
+        )
+    ways = ("editing_threshold", "revoke_threshold", "remdm")
+    said = [f"{name}={value!r}" for name in ways if (value := getattr(config, name)) is not None]
+    if len(said) > 1:
+        raise ValueError(f"{' and '.join(said)} both change what is committed; give one of them.")
+    if said and (config.sub_block_length or config.sub_block_cache or config.prompt_first):
+        raise ValueError(
+            f"{said[0]} looks at a whole block until nothing changes; say sub_block_length=None, sub_block_cache=False "
+            "and prompt_first=False."
+        )

@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
-from dmllm.samplers.estimate import Estimate, estimate
+from dmllm.samplers.estimate import Estimate, Heard, estimate
 from dmllm.samplers.quota import noise_level, quota
-from dmllm.samplers.rules import choose
+from dmllm.samplers.rules import accepted, choose
 from dmllm.types import Step
 
 Predict = Callable[[Canvas, Tensor], Tensor]
@@ -67,8 +67,13 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         asked = asked & (rows < _first_end(canvas, config)[:, None])
         left = asked.sum(1)
     uniform = _draw(config, draws, length, slots)
-    seen = estimate(predict(canvas, rows), canvas.mask_id, config, uniform[0])
-    tokens, chosen = _choose(canvas, config, seen, asked, left, full, uniform[1], length)
+    logits = predict(canvas, rows)
+    seen = estimate(logits, canvas.mask_id, config, uniform[0], canvas.heard, rows)
+    if config.kl_threshold is not None:
+        stable = torch.where(seen.change < config.kl_threshold, canvas.stable.gather(1, rows) + 1, 0)
+        heard = Heard(rows, logits.clone())  # the model may write its next ones over them
+        canvas = replace(canvas, stable=canvas.stable.scatter(1, rows, stable), heard=heard)
+    tokens, chosen = _choose(canvas, config, seen, rows, asked, left, full, uniform[1], length)
     filled = canvas.commit(rows, tokens, chosen)
     edited = _edits(canvas, config, seen, rows, asked, slots, length)
     if config.editing_threshold is not None:
@@ -81,6 +86,7 @@ def _choose(
     canvas: Canvas,
     config: DecodeConfig,
     seen: Estimate,
+    rows: Tensor,
     asked: Tensor,
     left: Tensor,
     full: Tensor,
@@ -92,10 +98,11 @@ def _choose(
     if config.distrust_ids:
         last = torch.isin(seen.tokens, torch.tensor(config.distrust_ids, device=doubt.device))
         doubt = doubt.masked_fill(last, torch.finfo(doubt.dtype).max)
-    sure = None if config.threshold is None else seen.against <= 1 - config.threshold
+    steps = config.steps_per_block(canvas.ids.shape[1])
+    sure = accepted(seen, doubt, asked, config, canvas.stable.gather(1, rows), (canvas.calls + 1) / steps)
     least = quota(canvas, config, asked, left, uniform, length)
-    over = (canvas.calls + 1 >= config.steps_per_block(canvas.ids.shape[1]))[:, None]
-    if config.schedule == "confident" and sure is not None:  # the quota is for calls in which nothing is sure
+    over = (canvas.calls + 1 >= steps)[:, None]
+    if sure is not None and config.quota_if_unsure:
         least = least.masked_fill((sure & asked).any(1) & ~over[:, 0], 0)
     tokens, chosen = seen.tokens, choose(doubt, sure, asked, least)
     if config.prompt_first:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
-from dmllm.samplers.schedules import CURVES, commit_counts, until_something
+from dmllm.samplers.schedules import CURVES, commit_table, time_table, until_something
 
 
 def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uniform: Tensor, length: int) -> Tensor:
@@ -23,13 +23,12 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
     if config.num_to_transfer is not None:
         return torch.full_like(open_rows, config.num_to_transfer)
     if config.schedule in CURVES:
-        rows = zip(canvas.opened.tolist(), calls.tolist(), strict=True)
-        counts = [(commit_counts(config.schedule, config.shift, n, steps)[c:] or (length,))[0] for n, c in rows]
-        return torch.tensor(counts, device=asked.device)
+        table = commit_table(config.schedule, config.shift, length, steps, asked.device)
+        return table[canvas.opened, calls.clamp(max=steps)]
     if config.schedule == "fixed":
         return length // steps + (calls < length % steps).long()
     if config.schedule == "time":
-        times = _times(config, steps).to(asked.device)
+        times = time_table(config.eps, steps, asked.device)
         share = 1 - times[(calls + 1).clamp(max=steps)] / times[calls.clamp(max=steps - 1)]
         if config.remasking == "origin":  # as many as fall below their share, and `choose` takes the lowest
             some = (asked & (uniform < share[:, None])).sum(1)
@@ -49,13 +48,8 @@ def noise_level(canvas: Canvas, config: DecodeConfig, block_length: int) -> Tens
     unknown = ~canvas.committed
     if config.schedule == "time":
         steps = config.steps_per_block(unknown.shape[1])
-        return _times(config, steps).to(unknown.device)[canvas.calls.clamp(max=steps - 1)]
+        return time_table(config.eps, steps, unknown.device)[canvas.calls.clamp(max=steps - 1)]
     if canvas.block_length is None:
         return unknown.float().mean(1)
     places = torch.arange(unknown.shape[1], device=unknown.device) + canvas.offset[:, None]
     return (unknown & (places // block_length == canvas.block[:, None])).sum(1) / block_length
-
-
-def _times(config: DecodeConfig, steps: int) -> Tensor:
-    """The times between which the calls on a block lie, [steps + 1]."""
-    return torch.linspace(1, config.eps, steps + 1)

@@ -14,9 +14,12 @@ Shapes: B rows of the batch, K positions asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.estimate import Estimate
 
 
@@ -45,14 +48,85 @@ def sequential(seen: Estimate, uniform: Tensor) -> Tensor:
     return torch.zeros_like(seen.others)
 
 
+def accepted(
+    seen: Estimate, doubt: Tensor, asked: Tensor, config: DecodeConfig, stable: Tensor, progress: Tensor
+) -> Tensor | None:
+    """Which positions are sure enough to be committed beyond a quota, [B, K] bool; None where nothing is.
+
+    Args:
+        doubt: [B, K], of the order in which positions are committed.
+        stable: [B, K] int64, for how many calls up to now the prediction has hardly changed.
+        progress: [B], the share of its calls that a block has had, this one included.
+    """
+    sure = None
+    if config.threshold is not None:
+        sure = seen.against <= 1 - config.threshold
+    if config.kl_threshold is not None and sure is not None:
+        sure = sure & (stable >= config.kl_history_length)
+    if config.factor is not None:
+        sure = factor(seen, asked, config.factor)
+    if config.entropy_bound is not None:
+        sure = entropy_bound(seen, doubt, asked, config.entropy_bound)
+    if config.early_exit_thresholds:
+        ready = early_exit(seen, asked, progress, config.early_exit_thresholds)
+        sure = ready if sure is None else sure | ready
+    return sure
+
+
+def factor(seen: Estimate, asked: Tensor, scale: float) -> Tensor:
+    """The n most probable choices, for the largest n whose least probable one is at least 1 - scale / (n + 1).
+
+    At scale 1 they are then together the most probable text, too. One is taken in any case, and where a
+    single one would be left over, it goes along, as in the authors' code.
+    Source: Wu et al., Fast-dLLM, arXiv:2505.22618, section 3.3, theorem 1; code NVlabs/Fast-dLLM (llada/generate.py).
+    """
+    against = seen.against.masked_fill(~asked, torch.inf)
+    lowest = against.sort(dim=-1).values
+    number = torch.arange(1, lowest.shape[-1] + 1, device=lowest.device)
+    passes = (lowest <= scale / (number + 1)) | (number == 1)
+    count, left = passes.long().cumprod(-1).sum(-1), asked.sum(-1)
+    return _first(against, count + (count == left - 1)) & asked
+
+
+def entropy_bound(seen: Estimate, doubt: Tensor, asked: Tensor, bound: float) -> Tensor:
+    """The first positions in the order of `doubt` whose entropies without the largest sum to at most `bound` nats.
+
+    The sum is a bound on how much the chosen positions say about each other: 0 commits together what is independent.
+    Source: Ben-Hamu et al., EB-Sampler, arXiv:2505.24857, section 4, algorithm 1.
+    """
+    order = doubt.masked_fill(~asked, torch.inf).argsort(dim=-1, stable=True)
+    entropies = seen.entropy.masked_fill(~asked, MUCH).gather(-1, order)
+    beside = entropies.cumsum(-1) - entropies.cummax(-1).values
+    return _first(doubt.masked_fill(~asked, torch.inf), (beside <= bound).long().cumprod(-1).sum(-1)) & asked
+
+
+def early_exit(seen: Estimate, asked: Tensor, progress: Tensor, gaps: Sequence[float]) -> Tensor:
+    """All that is asked for, or nothing: whether the most probable tokens are far enough ahead of the next, on average.
+
+    Far enough is, in logits, what `gaps` says of the first, second and last third of the calls.
+    Source: Li et al., Prophet, arXiv:2508.19982, section 4; code pixeli99/Prophet (generate_earlyexit.py), which looks
+    at five places where the answer is expected to stand.
+    """
+    mean = (-seen.runner_up * asked).sum(-1) / asked.sum(-1).clamp(min=1)
+    early, middle, late = gaps
+    least = torch.where(progress < 0.33, early, torch.where(progress < 0.67, middle, late))
+    return asked & (mean >= least)[:, None]
+
+
+MUCH = 1e9  # an entropy beyond any vocabulary's
+
+
 def choose(doubt: Tensor, sure: Tensor | None, asked: Tensor, quota: Tensor) -> Tensor:
     """Which positions to commit, [B, K] bool: the `quota` [B] least doubtful of those asked for, and all `sure` ones.
 
     Of equally doubtful ones the first goes first.
     """
-    order = doubt.masked_fill(~asked, torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    chosen = rank < quota[:, None]
+    chosen = _first(doubt.masked_fill(~asked, torch.inf), quota)
     return asked & (chosen if sure is None else chosen | sure)
+
+
+def _first(doubt: Tensor, count: Tensor) -> Tensor:
+    """The `count` [B] lowest of each row of `doubt` [B, K], [B, K] bool; of equal ones the first goes first."""
+    order = doubt.argsort(dim=-1, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places) < count[:, None]

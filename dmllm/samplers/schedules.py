@@ -39,6 +39,22 @@ def commit_counts(curve: str, shift: float, tokens: int, calls: int) -> tuple[in
     return tuple(reversed(counts))
 
 
+@lru_cache(maxsize=64)
+def commit_table(curve: str, shift: float, length: int, calls: int, device: torch.device) -> Tensor:
+    """`commit_counts` for every number of tokens up to `length`, [length + 1, calls + 1]; `length` after the last."""
+    table = torch.full((length + 1, calls + 1), length)
+    for tokens in range(1, length + 1):
+        counts = commit_counts(curve, shift, tokens, calls)
+        table[tokens, : len(counts)] = torch.tensor(counts)
+    return table.to(device)
+
+
+@lru_cache(maxsize=64)
+def time_table(eps: float, calls: int, device: torch.device) -> Tensor:
+    """The times between which the calls on a block lie, [calls + 1]."""
+    return torch.linspace(1, eps, calls + 1).to(device)
+
+
 def until_something(open_rows: Tensor, opened: Tensor, calls: Tensor, steps: int, eps: float) -> Tensor:
     """The tokens of confident decoding's next time, [B]: at least one of `open_rows` [B], all of them at the last time.
 
@@ -47,7 +63,7 @@ def until_something(open_rows: Tensor, opened: Tensor, calls: Tensor, steps: int
 
     Source: Yu, Ma and Wang, Dimple, arXiv:2505.16990, section 3.3; code yu-rp/Dimple (generation_utils.py).
     """
-    times = torch.linspace(1, eps, steps + 1).to(open_rows.device)
+    times = time_table(eps, steps, open_rows.device)
     now = (open_rows / opened.clamp(min=1))[:, None]
     counts = (open_rows[:, None] * (1 - times / now.clamp(min=eps))).long()  # [B, steps + 1]
     counts[:, -1] = open_rows
