@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import dmllm
@@ -59,9 +59,7 @@ CASES = [(kind, tied) for kind in CLASSES for tied in (False, True)]
 
 def tokenizer(*more: str):
     """One id a byte, Qwen's special tokens behind them, and `more`."""
-    made = type(AutoTokenizer.from_pretrained("dmllm/assets/models/dmllm-tiny"))(
-        tokenizer_object=_without_specials(None), extra_special_tokens=[*WORDS, *more]
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=_without_specials(None), extra_special_tokens=[*WORDS, *more])
     made.eos_token, made.pad_token, made.chat_template = "<|im_end|>", "<|endoftext|>", TEMPLATE
     assert made.convert_tokens_to_ids(["<|endoftext|>", "<|image_pad|>"]) == [PAD, PICTURE]
     return made
@@ -78,9 +76,7 @@ def source(
     if kind in TOWERS:
         ids = {"image_token_id": PICTURE, "vision_start_token_id": START, "vision_end_token_id": STOP}
         config = model_class.config_class(
-            text_config={**text, "rope_parameters": {**rope, "mrope_section": [4, 2, 2]}, "head_dim": 16}
-            if kind == "qwen3_vl"
-            else {**text, "num_attention_heads": 2, "rope_parameters": {**rope, "mrope_section": [4, 2, 2]}},
+            text_config={**text, "num_attention_heads": 2, "rope_parameters": {**rope, "mrope_section": [4, 2, 2]}},
             vision_config=TOWERS[kind],
             tie_word_embeddings=tied,
             **ids,
@@ -134,7 +130,7 @@ SHOWN = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> DataConfig:
+def data(tmp_path_factory) -> Path:
     """Four questions about pictures of one colour, as LLaVA writes them; and the same without pictures."""
     path = tmp_path_factory.mktemp("data")
     rows = []
@@ -150,8 +146,9 @@ def data(tmp_path_factory) -> DataConfig:
     return path
 
 
-def train_a_little(model: Path, data: Path, kind: str, out: Path, **changes):
-    file = data / ("shown.json" if kind in TOWERS or changes else "written.json")
+def train_a_little(model: Path, data: Path, out: Path, *, sees: bool):
+    """Two steps of train.py's loop."""
+    file = data / ("shown.json" if sees else "written.json")
     config = TrainConfig(
         output_dir=str(out),
         model=ModelSpec(checkpoint=str(model)),
@@ -197,7 +194,7 @@ def test_a_causal_model_becomes_one_that_can_learn_to_denoise(tmp_path, data, ki
     said = pipeline.chat("what?", images=images or None, max_new_tokens=8, eos_token_id=[])
     assert len(said.ids) >= 8
 
-    result = train_a_little(tmp_path / "start", data, kind, tmp_path / "run")
+    result = train_a_little(tmp_path / "start", data, tmp_path / "run", sees=kind in TOWERS)
     logged = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line]
     assert len(losses) == 2
@@ -269,7 +266,7 @@ def test_a_vocabulary_without_a_free_row_grows(tmp_path, data, kind, tied):
     assert pipeline.model.config.mask_token_id == 262
     assert torch.equal(backbone.embed_tokens.weight[:262], model.get_input_embeddings().weight)
     assert distance(pipeline, model, SHOWN if kind in TOWERS else WRITTEN) < 1e-5
-    result = train_a_little(tmp_path / "start", data, kind, tmp_path / "run")
+    result = train_a_little(tmp_path / "start", data, tmp_path / "run", sees=kind in TOWERS)
     assert folder.load(result.model).model.config.backbone["vocab_size"] == 320
     if kind in TOWERS:
         with pytest.raises(ValueError, match="Only a model that came from a published checkpoint"):
@@ -342,7 +339,7 @@ def test_a_vision_tower_is_put_before_a_language_model(tmp_path, data, kind, to)
     one, two = (pipeline.logits(ids, images=[picture(20, 30, seed)]) for seed in (0, 1))
     assert float((one - two).abs().max()) > 1e-4
     assert len(pipeline.chat("what?", images=picture(20, 30, 0), max_new_tokens=8, eos_token_id=[]).ids) >= 8
-    result = train_a_little(tmp_path / "start", data, kind, tmp_path / "run", shown=True)
+    result = train_a_little(tmp_path / "start", data, tmp_path / "run", sees=True)
     learned = load_file(result.model / "model.safetensors")
     for name in ("projector.0.weight", "vision.tower.encoder.layers.0.self_attn.q_proj.weight"):
         assert not torch.equal(learned[name], written[name])
