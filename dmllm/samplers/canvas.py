@@ -23,6 +23,8 @@ PER_ROW = (
     "forwards",
     "time",
     "stable",
+    "accepted",
+    "confidence",
 )
 
 
@@ -42,6 +44,8 @@ class Canvas:
     forwards: Tensor  # [B] int64: model calls spent on the row
     time: Tensor  # [B] float32: its noise level, 1 where nothing is known and 0 where all is
     stable: Tensor  # [B, N] int64: for how many calls up to now a token's prediction has hardly changed
+    accepted: Tensor  # [B] int64: how many tokens the last call committed
+    confidence: Tensor  # [B, N] float32: how probable a token was when it was committed, where a rule asks for it
     mask_id: int
     heard: Heard | None = None  # the last call's logits, where a rule compares with them
     block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's
@@ -64,6 +68,8 @@ class Canvas:
             forwards=none,
             time=(~committed).float().mean(1),
             stable=torch.zeros_like(ids),
+            accepted=none,
+            confidence=torch.zeros(ids.shape, device=ids.device),
             mask_id=mask_id,
         )
 
@@ -97,6 +103,11 @@ class Canvas:
         fresh = torch.zeros_like(self.ids).scatter_add_(1, rows, chosen.long()).bool()
         fresh = fresh & (self.editable if edit else ~self.committed)
         return replace(self, ids=torch.where(fresh, found, self.ids), committed=self.committed | fresh)
+
+    def reopen(self, which: Tensor) -> Canvas:
+        """The tokens `which` [B, N] unknown again, but for what was given."""
+        which = which & self.editable
+        return replace(self, ids=self.ids.masked_fill(which, self.mask_id), committed=self.committed & ~which)
 
 
 Stops = tuple[int | tuple[int, ...], ...]

@@ -332,6 +332,8 @@ def _check_rules(config: DecodeConfig) -> None:
         raise ValueError(
             f"remdm={config.remdm!r} runs the diffusion process backwards; say schedule='time', remasking='origin'."
         )
+    if config.revoke_threshold is not None and all(getattr(config, name) is None for name in SURE):
+        raise ValueError(f"revoke_threshold={config.revoke_threshold} goes with a low threshold; say it, e.g. 0.6.")
     ways = ("editing_threshold", "revoke_threshold", "remdm")
     said = [f"{name}={value!r}" for name in ways if (value := getattr(config, name)) is not None]
     if len(said) > 1:

@@ -18,6 +18,7 @@ from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.estimate import Estimate, Heard, estimate
 from dmllm.samplers.quota import noise_level, quota
+from dmllm.samplers.revoke import masked_again, revoked, with_confidence
 from dmllm.samplers.rules import accepted, choose
 from dmllm.types import Step
 
@@ -66,7 +67,8 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     if not config.fill_behind_eos:
         asked = asked & (rows < _first_end(canvas, config)[:, None])
         left = asked.sum(1)
-    uniform = _draw(config, draws, length, slots)
+    drawn = _draw(config, draws, length, canvas.ids.device)
+    uniform = [numbers.gather(1, slots) for numbers in drawn]
     logits = predict(canvas, rows)
     seen = estimate(logits, canvas.mask_id, config, uniform[0], canvas.heard, rows)
     if config.kl_threshold is not None:
@@ -78,8 +80,14 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
     edited = _edits(canvas, config, seen, rows, asked, slots, length)
     if config.editing_threshold is not None:
         filled = filled.commit(rows, seen.tokens, edited, edit=True)
+    if config.remdm is not None:
+        filled = with_confidence(filled, rows, seen.against, chosen) if config.remdm == "conf" else filled
+        filled = filled.reopen(masked_again(canvas, config, length, drawn[1]))
+    fresh, forwards = chosen.sum(1), canvas.forwards + 1
+    if config.revoke_threshold is not None:
+        filled, forwards = filled.reopen(revoked(predict, canvas, config, length, fresh)), forwards + 1
     post = _calls_after(canvas, config, (asked & ~full).any(1), edited.any(1))
-    return replace(filled, calls=canvas.calls + 1, post=post, forwards=canvas.forwards + 1)
+    return replace(filled, calls=canvas.calls + 1, post=post, forwards=forwards, accepted=fresh)
 
 
 def _choose(
@@ -146,7 +154,7 @@ def _finished(canvas: Canvas, config: DecodeConfig) -> Tensor:
     """[B] bool: all is known, or all up to and including an end of sequence; and the block needs no further call."""
     length, stopped = reply_length(canvas.ids, canvas.committed, config.stops)
     left = canvas.post > 0
-    if config.eos_early_stop and config.editing_threshold is None:
+    if config.eos_early_stop and not config.rewrites:
         return stopped | (length == canvas.ids.shape[1]) & ~left
     block_length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     return ~left & (stopped & (_first_block(canvas, block_length) > canvas.block) | canvas.committed.all(1))
@@ -198,8 +206,10 @@ def _unknown(canvas: Canvas, places: Tensor) -> tuple[Tensor, Tensor]:
     return rows, (rows == places) & ~canvas.committed.gather(1, rows)
 
 
-def _draw(config: DecodeConfig, draws: list[Generator], block_length: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Uniform numbers at `slots` [B, K] for the tokens and for the order, float64 in [0, 1).
+def _draw(
+    config: DecodeConfig, draws: list[Generator], block_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Uniform numbers for the tokens and for the order at each place of a block, both [B, L], float64 in [0, 1).
 
     A row draws one number for each place of a block from its own generator, known or not: what it draws depends on
     nothing but the number of its calls. Nothing is drawn for what is not random.
@@ -207,8 +217,8 @@ def _draw(config: DecodeConfig, draws: list[Generator], block_length: int, slots
 
     def numbers(wanted: bool) -> Tensor:
         if not wanted:
-            return torch.zeros(slots.shape, dtype=torch.float64, device=slots.device)
+            return torch.zeros(len(draws), block_length, dtype=torch.float64, device=device)
         drawn = [torch.rand(block_length, generator=g, dtype=torch.float64, device=g.device) for g in draws]
-        return torch.stack(drawn).to(slots.device).gather(1, slots)
+        return torch.stack(drawn).to(device)
 
     return numbers(config.draws_tokens), numbers(config.draws_order)

@@ -67,6 +67,7 @@ def estimate(
     uniform: Tensor | None = None,
     heard: Heard | None = None,
     rows: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Estimate:
     """Choose a token for each position; the mask token (as a rule) and `config.suppress_ids` are never one.
 
@@ -74,6 +75,7 @@ def estimate(
         logits: [B, K, V], left as they are.
         uniform: [B, K] float64 in [0, 1), one number a position; needed at temperature > 0.
         heard: the last call's logits, to be compared with those of the same positions; `rows` [B, K] are these.
+        given: [B, K] int64, tokens to be judged in place of a choice.
     """
     flat, shape = logits.flatten(0, 1), logits.shape[:2]
     at_once = max(READ.get(logits.device.type, READ["cuda"]) // logits.shape[-1], 1)
@@ -90,12 +92,18 @@ def estimate(
             before = heard.logits.flatten(0, 1)[place[part]]
             change = torch.where(met[part], _divergence(now, before, mask_id, config), change)
         drawn = None if numbers is None else numbers[part]
-        parts.append((*_read(now, buffers[:, : len(now)], mask_id, config, drawn), change))
+        token = None if given is None else given.flatten()[part]
+        parts.append((*_read(now, buffers[:, : len(now)], mask_id, config, drawn, token), change))
     return Estimate(*(torch.cat(column).view(shape) for column in zip(*parts, strict=True)))
 
 
 def _read(
-    logits: Tensor, buffers: Tensor, mask_id: int, config: DecodeConfig, uniform: Tensor | None
+    logits: Tensor,
+    buffers: Tensor,
+    mask_id: int,
+    config: DecodeConfig,
+    uniform: Tensor | None,
+    given: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The fields of an Estimate but the last, each [C], of logits [C, V]; two float32 `buffers` [2, C, V and more]."""
     padded, probs = buffers
@@ -103,8 +111,8 @@ def _read(
     scores.copy_(logits)
     _forbid(scores, mask_id, config)
     highest, top = _greatest(padded)
-    tokens = top
-    if config.draws_tokens:
+    tokens = top if given is None else given
+    if config.draws_tokens and given is None:
         assert uniform is not None
         tokens = draw(scores, uniform, config.temperature, config.top_p)
     if config.distrust_ids:  # chosen or not, they have no part in the distribution by which choices are ranked

@@ -28,8 +28,7 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
     if config.schedule == "fixed":
         return length // steps + (calls < length % steps).long()
     if config.schedule == "time":
-        times = time_table(config.eps, steps, asked.device)
-        share = 1 - times[(calls + 1).clamp(max=steps)] / times[calls.clamp(max=steps - 1)]
+        _, share = rates(config, steps, calls)
         if config.remasking == "origin":  # as many as fall below their share, and `choose` takes the lowest
             some = (asked & (uniform < share[:, None])).sum(1)
         else:
@@ -40,6 +39,21 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
     if config.choose_mask or not config.fill_behind_eos:  # some places are never filled
         return canvas.opened // steps + (calls < canvas.opened % steps).long()
     return -(-open_rows // (steps - calls).clamp(min=1))
+
+
+def rates(config: DecodeConfig, steps: int, calls: Tensor) -> tuple[Tensor, Tensor]:
+    """From a call's time to the next: the probability sigma that a known token is masked again, and that an open one is
+    committed, both [B]. Under conf sigma is what the known tokens share, and the open ones do not make up for it."""
+    times = time_table(config.eps, steps, calls.device)
+    now, then = times[calls.clamp(max=steps - 1)], times[(calls + 1).clamp(max=steps)]
+    most = (then / (1 - now)).clamp(max=1)
+    commits = 1 - then / now
+    if config.remdm is None:
+        return torch.zeros_like(now), commits
+    if config.remdm == "conf":
+        return most, commits
+    sigma = most.clamp(max=config.eta) if config.remdm == "cap" else config.eta * most
+    return sigma, commits + sigma * (1 - now) / now
 
 
 def noise_level(canvas: Canvas, config: DecodeConfig, block_length: int) -> Tensor:
