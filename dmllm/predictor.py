@@ -9,7 +9,7 @@ Shapes: B requests, P prompt rows (padded on the right), N canvas tokens, K posi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from dmllm.models.projectors import resize_maps
-from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import Visibility, check_layout, layout
+from dmllm.nn.graphs import Workspaces
+from dmllm.nn.visibility import check_layout
 from dmllm.requests import fingerprint
 from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
@@ -28,7 +28,8 @@ from dmllm.samplers.denoise import Predict
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
 from dmllm.samplers.policy import CachePolicy
-from dmllm.samplers.stream import Stream, asked_twice, guided
+from dmllm.samplers.stream import Stream
+from dmllm.samplers.whole import WholePredictor
 from dmllm.types import PADDING, TEXT, Batch
 
 
@@ -39,11 +40,13 @@ def prepare(
     mask_id: int,
     use_cache: bool | None = None,
     draft: Tensor | None = None,
+    workspaces: Workspaces | None = None,
 ) -> tuple[Predict, Canvas, DecodeConfig]:
     """What `denoise` takes for these prompts, of one row a request: the model given them, a canvas, settings.
 
     Args:
         draft: [B, D] ids that the canvas begins with, open where they are `mask_id`; None is a blank canvas.
+        workspaces: where a GPU's cache comes from.
 
     Raises:
         ValueError: `use_cache=True` where a cache would change the result; or a draft that does not fit.
@@ -61,76 +64,63 @@ def prepare(
     stores = first or (config.store_calls and use_cache is not False)
     in_loop = first and (trained is not None or policy is not None)
     config = replace(config, store_calls=stores and trained is not None, prompt_first=in_loop)
+    if trained is not None:
+        config = config.in_whole_blocks(trained)
+        calls = {"store_calls": config.store_calls, "prompt_first": config.prompt_first}
+        canvas = whole_blocks(_lengths(model, prompts), length, config.block_length or trained, mask_id, **calls)
+    else:
+        canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
+    cached = _caches(model, prompts, kind, use_cache, policy)
+    if trained is not None:
+        kind = f"block:{config.block_length}"
+    given = {"cached": cached, "masked": mask_id if scale else None, "workspaces": workspaces}
+    stream = stream_of(model, prompts, canvas.ids.shape[1], kind, **given)
     if policy is not None:
-        _check_policy(policy, kind, use_cache)
-        canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
-        predict = _approximate(model, prompts, canvas, config, policy)
-        return predict, canvas, config
-    if trained is None:
-        predict = Predictor(
-            model,
-            prompts,
-            length,
-            mask_id,
-            cfg_scale=scale,
-            cfg_masks_draft=config.cfg_masks_draft,
-            use_cache=use_cache,
-            visibility=kind,
-        )
-        canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
-        if first:
-            place = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
-            # Its row is the prompt's last, so this says what computing the prompt has said already: it is no call.
-            greedy = replace(config, temperature=0.0, top_p=1.0)
-            canvas = canvas.commit(place, estimate(predict(canvas, place), mask_id, greedy).tokens, place == 0)
-        return predict, canvas, config
-    config = config.in_whole_blocks(trained)
-    assert config.block_length is not None
-    lengths = (prompts.documents != PADDING).sum(1).to(model.device)
-    calls = {"store_calls": config.store_calls, "prompt_first": config.prompt_first}
-    canvas = whole_blocks(lengths, length, config.block_length, mask_id, **calls)
-    with torch.no_grad():
-        stream, _, positions = _streams(model, prompts, canvas.ids.shape[1], mask_id if scale else None)
-    width = canvas.ids.shape[1]
-    predict = BlockPredictor(
-        Stream(
-            model,
-            stream,
-            positions,
-            lengths.repeat(2 if scale else 1),
-            width,
-            f"block:{config.block_length}",
-            None if use_cache is False else KVCache(stream.shape[1] + width),
-        ),
-        canvas,
-        cfg_scale=scale,
-        sub_block_length=(config.sub_block_length or config.block_length) if config.sub_block_cache else None,
-    )
+        return _approximate(stream, prompts, config, policy), canvas, config
+    if trained is not None:
+        alone = (config.sub_block_length or config.block_length) if config.sub_block_cache else None
+        return BlockPredictor(stream, canvas, cfg_scale=scale, sub_block_length=alone), canvas, config
+    predict = WholePredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft)
+    if first:
+        place = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
+        # Its row is the prompt's last, so this says what computing the prompt has said already: it is no call.
+        greedy = replace(config, temperature=0.0, top_p=1.0)
+        canvas = canvas.commit(place, estimate(predict(canvas, place), mask_id, greedy).tokens, place == 0)
     return predict, canvas, config
 
 
-def _check_policy(policy: CachePolicy, kind: str, use_cache: bool | None) -> None:
-    """Raise ValueError where visibility `kind` or `use_cache` goes against an approximate cache."""
-    if kind != "full":
+def _caches(model: Any, prompts: Batch, kind: str, use_cache: bool | None, policy: CachePolicy | None = None) -> bool:
+    """Whether keys and values are kept: by the policy, or else where that changes nothing.
+
+    Raises:
+        ValueError: visibility `kind` or `use_cache` goes against it.
+    """
+    if policy is not None and kind != "full":
         raise ValueError(
             f"cache={policy.kind} is for models with full attention; with visibility={kind!r} what can be kept is "
             "kept anyway, exactly. Leave cache out."
         )
-    if use_cache is not None:
+    if policy is not None and use_cache is not None:
         raise ValueError(f"use_cache={use_cache} and cache={policy.kind} say different things; give one of them.")
+    if policy is not None or use_cache is False or check_layout(kind) is not None:
+        return use_cache is not False
+    timed = (getattr(model.config, "backbone", None) or {}).get("time_conditioning")
+    changes = timed or kind == "full"
+    if changes and use_cache:
+        why = "is told the time" if timed else "sees the canvas"
+        raise ValueError(
+            f"use_cache=True: with visibility={kind!r} the prompt {why}, so what is cached would change; leave "
+            "use_cache out."
+        )
+    return not changes and prompts.input_ids.shape[1] > 0
 
 
-@torch.no_grad()
-def _approximate(
-    model: Any, prompts: Batch, canvas: Canvas, config: DecodeConfig, policy: CachePolicy
-) -> ApproximatePredictor:
-    twice, length = 2 if config.cfg_scale else 1, canvas.ids.shape[1]
-    stream, documents, positions = _streams(model, prompts, length, canvas.mask_id if config.cfg_scale else None)
-    lengths = (prompts.documents != PADDING).sum(1).to(model.device).repeat(twice)
-    images = F.pad(prompts.image_slots.to(model.device) != TEXT, (0, length)).repeat(twice, 1)
-    fed = Stream(model, stream, positions, lengths, length, "full", KVCache(documents.shape[1]))
+def _approximate(stream: Stream, prompts: Batch, config: DecodeConfig, policy: CachePolicy) -> ApproximatePredictor:
+    """Where all rows take as many calls for each block, the predictor is told how many."""
+    length, device = stream.length, stream.lengths.device
+    images = F.pad(prompts.image_slots.to(device) != TEXT, (0, length)).repeat(stream.copies, 1)
     return ApproximatePredictor(
-        fed,
+        stream,
         policy,
         config.block_of(length),
         images,
@@ -139,121 +129,39 @@ def _approximate(
     )
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """The prompts of some requests, ready to be fed."""
-
-    stream: Tensor  # [B, P, D] embeddings
-    positions: Tensor  # [B, P + N] or [4, B, P + N]
-    visibility: Visibility  # of P + N rows
-    cache: KVCache | None
-
-    def select(self, rows: Tensor) -> _Prompts:
-        cache = None if self.cache is None else self.cache.select(rows)
-        if cache is not None:
-            first, size = self.stream.shape[1], self.visibility.rank.shape[1]
-            cache.put(torch.arange(first, size, device=rows.device).expand(len(rows), -1))
-        positions = self.positions.index_select(-2, rows)
-        return _Prompts(self.stream[rows], positions, self.visibility.select(rows), cache)
-
-
-class Predictor:
-    """`predictor(canvas, rows) -> logits [B, K, V]` for `samplers.denoise`.
+@torch.no_grad()
+def stream_of(
+    model: Any,
+    prompts: Batch,
+    length: int,
+    visibility: str,
+    *,
+    cached: bool,
+    masked: int | None = None,
+    workspaces: Workspaces | None = None,
+) -> Stream:
+    """The prompts, pictures encoded, with a canvas of `length` tokens behind each.
 
     Args:
-        model: a `MultimodalModel`, or what is called like one.
-        prompts: one row a request, without labels.
-        length: N.
-        mask_id: the mask token.
-        cfg_scale: above 0, each request is also asked without its prompt (every prompt row a mask token, image rows
-            included) and the logits are un + (cfg_scale + 1)(cond - un).
-        cfg_masks_draft: whether it is then asked without what was given on the canvas too.
-        use_cache: None caches where it is exact; False never.
-        visibility: a name of `LAYOUTS`; None is the model's own.
-
-    Raises:
-        ValueError: `use_cache=True` where a cache would change the result.
+        cached: whether the stream keeps keys and values.
+        masked: a mask token that takes the place of every prompt row, image rows included, in a second copy below.
+        workspaces: where a GPU's cache comes from.
     """
+    features = encode_distinct(model, prompts)
+    prompts = prompts.to(model.device)
+    stream, positions = model.embed(prompts.input_ids, prompts.image_slots, features), _positions(prompts, length)
+    lengths, copies = _lengths(model, prompts), 1 if masked is None else 2
+    if masked is not None:
+        hidden = torch.full_like(prompts.input_ids, masked)
+        stream = torch.cat([stream, model.embed(hidden, torch.full_like(prompts.image_slots, TEXT))])
+        positions, lengths = torch.cat([positions, positions], -2), lengths.repeat(2)
+    size, where = stream.shape[1] + length, Workspaces(0) if workspaces is None else workspaces
+    cache = where.take(len(stream), size, model) if cached else None
+    return Stream(model, stream, positions, lengths, length, visibility, cache, copies=copies)
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Batch,
-        length: int,
-        mask_id: int,
-        *,
-        cfg_scale: float = 0.0,
-        cfg_masks_draft: bool = False,
-        use_cache: bool | None = None,
-        visibility: str | None = None,
-    ):
-        self.model, self.cfg_scale, self.visibility = model, cfg_scale, visibility or model.config.visibility
-        self._masks_draft = cfg_masks_draft
-        with torch.no_grad():
-            stream, documents, positions = _streams(model, prompts, length, mask_id if cfg_scale else None)
-            canvas = torch.arange(documents.shape[1], device=documents.device) >= stream.shape[1]
-            rule = layout(self.visibility, documents=documents, canvas=canvas.expand_as(documents))
-            cache = self._cache(stream, positions, rule, use_cache)
-        self._all = self._now = _Prompts(stream, positions, rule, cache)
-        self._requests: Tensor | None = None
 
-    @torch.no_grad()
-    def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
-        """Logits [B, K, V] at the canvas positions `rows` [B, K]."""
-        now = self._prompts_of(canvas.requests)
-        given = now.stream.shape[1]
-        ids, time = asked_twice(canvas, self.cfg_scale, self._masks_draft), canvas.time
-        if self.cfg_scale:
-            rows, time = rows.repeat(2, 1), time.repeat(2)
-        stream, positions, visibility = self.model.embed(ids), now.positions, now.visibility
-        if now.cache is None:
-            stream, rows = torch.cat([now.stream, stream], 1), rows + given
-        else:
-            positions, visibility = positions[..., given:], _columns(visibility, slice(given, None))
-        logits = self.model(
-            inputs_embeds=stream, positions=positions, visibility=visibility, cache=now.cache, time=time, rows=rows
-        ).logits
-        return guided(logits, self.cfg_scale)
-
-    def _prompts_of(self, requests: Tensor) -> _Prompts:
-        """The prompts of the rows that are left; selected anew only when rows have left."""
-        if self._requests is not requests:
-            whole = len(self._all.stream) // (2 if self.cfg_scale else 1)
-            if len(requests) == whole:
-                self._now = self._all
-            else:
-                self._now = self._all.select(torch.cat([requests, requests + whole]) if self.cfg_scale else requests)
-            self._requests = requests
-        return self._now
-
-    def _cache(
-        self, stream: Tensor, positions: Tensor, visibility: Visibility, use_cache: bool | None
-    ) -> KVCache | None:
-        """The prompts' keys and values; None where there are none, or where they depend on the canvas."""
-        given = stream.shape[1]
-        if use_cache is False or not given:
-            return None
-        timed = (getattr(self.model.config, "backbone", None) or {}).get("time_conditioning")
-        if timed or bool(visibility.dense()[:, :, :given, given:].any()):
-            if use_cache:
-                why = "is told the time" if timed else "sees the canvas"
-                raise ValueError(
-                    f"use_cache=True: with visibility={self.visibility!r} the prompt {why}, so what is cached would "
-                    "change; leave use_cache out."
-                )
-            return None
-        batch, places = len(stream), torch.arange(visibility.rank.shape[1], device=stream.device)
-        cache = KVCache(len(places))
-        cache.put(places[:given].expand(batch, -1))
-        self.model(
-            inputs_embeds=stream,
-            positions=positions[..., :given],
-            visibility=_columns(visibility, slice(given)),
-            cache=cache,
-            rows=places[:0].expand(batch, -1),
-        )
-        cache.put(places[given:].expand(batch, -1))
-        return cache
+def _lengths(model: Any, prompts: Batch) -> Tensor:
+    return (prompts.documents != PADDING).sum(1).to(model.device)
 
 
 def _with_suffix(
@@ -304,12 +212,13 @@ def likelihoods(
     num_samples: int,
     hidden: Tensor | None,
     batch_size: int,
-    **options: Any,
+    cfg_scale: float,
+    use_cache: bool | None,
 ) -> Tensor:
     """log p(answer | prompt) in nats for each pair, [B] float64 (see `samplers.likelihood`).
 
     Args:
-        prompts: each a batch of one; `options` are those of `Predictor`.
+        prompts: each a batch of one.
         answers: [n] int64 each.
         hidden: [S, n] bool, in place of `num_samples` drawn views; for one answer.
 
@@ -329,7 +238,9 @@ def likelihoods(
                 f"hidden is {tuple(views.shape)} for {len(answers)} answers; it takes [views, {len(answer)}] for one "
                 "answer, with something hidden in each view."
             )
-        predict = Predictor(model, prompt, len(answer), mask_id, **options)
+        cached = _caches(model, prompt, kind, use_cache)
+        stream = stream_of(model, prompt, len(answer), kind, cached=cached, masked=mask_id if cfg_scale else None)
+        predict = WholePredictor(stream, cfg_scale=cfg_scale)
         found.append(likelihood(predict, answer, views, mask_id, batch_size))
     return torch.stack(found)
 
@@ -360,33 +271,12 @@ def _encode_pictures(model: Any, tiles: Tensor, grids: Tensor) -> Tensor:
     return torch.cat([features[chosen.index(distinct[key])] for key in keys])
 
 
-def _streams(model: Any, prompts: Batch, length: int, mask_id: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The prompts' embeddings [B, P, D]; documents [B, P + N] and positions, of the canvas too.
-
-    With `mask_id` they stand a second time below the first, every prompt row a mask token, image rows included.
-    """
-    features = encode_distinct(model, prompts)
-    prompts = prompts.to(model.device)
-    stream = model.embed(prompts.input_ids, prompts.image_slots, features)
-    documents, positions = _with_canvas(prompts, length)
-    if mask_id is not None:
-        masked = torch.full_like(prompts.input_ids, mask_id)
-        stream = torch.cat([stream, model.embed(masked, torch.full_like(prompts.image_slots, TEXT))])
-        documents, positions = documents.repeat(2, 1), torch.cat([positions, positions], -2)
-    return stream, documents, positions
-
-
-def _with_canvas(prompts: Batch, length: int) -> tuple[Tensor, Tensor]:
-    """Documents [B, P + N] and positions: the canvas continues each prompt's document from its own last position, which
-    on three axes is the largest of the three."""
+def _positions(prompts: Batch, length: int) -> Tensor:
+    """Positions [B, P + N] or [4, B, P + N]: the canvas continues each prompt from its own last one, which on three
+    axes is the largest of the three."""
     real, positions = prompts.documents != PADDING, prompts.positions
     after = F.pad(torch.where(real, positions, -1), (1, 0), value=-1).amax(-1, keepdim=True) + 1
     if positions.ndim == 3:
         after = torch.cat([after[:1], after[1:].amax(0, keepdim=True).expand(3, -1, -1)])
     following = after + torch.arange(length, device=real.device)  # [B, N] or [4, B, N]
-    documents = torch.cat([prompts.documents, real.new_zeros(len(real), length, dtype=torch.int64)], 1)
-    return documents, torch.cat([positions, following], -1)
-
-
-def _columns(visibility: Visibility, which: slice) -> Visibility:
-    return Visibility(visibility.rank[:, which], visibility.canvas[:, which], visibility.document[:, which])
+    return torch.cat([positions, following], -1)

@@ -30,6 +30,8 @@ class KVCache:
     def __init__(self, size: int, *, exact: bool = True) -> None:
         self.size, self.exact = size, exact
         self.plan: dict[str, Any] = {}  # what follows from the places alone: the mask, rotary tables
+        self.graphs: dict[Any, Any] = {}  # calls captured on these buffers, by their shapes
+        self.owner: Any = None  # whom it goes back to when its request has ended
         self._places: Tensor | None = None
         self._run: slice | None = None  # the places, where they are the same run in every row
         self._reach = 0  # places in use
@@ -42,6 +44,13 @@ class KVCache:
     def length(self) -> int:
         """Places in use, from the first on."""
         return self._reach
+
+    def clear(self) -> None:
+        """Nothing is in place, for another request of the same size; buffers stay where they are."""
+        self._places, self._rows, self._run, self._reach, self.plan = None, None, None, 0, {}
+        if "document" in self._kept:
+            self._kept["document"].fill_(PADDING)
+            self._kept["rank"].zero_()
 
     def put(self, places: Tensor, rows: Tensor | None = None) -> None:
         """Where the next forwards write: `places` [B, L] int64; of the batch rows `rows` [B] alone, if given.

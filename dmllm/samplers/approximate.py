@@ -26,6 +26,7 @@ class ApproximatePredictor:
         images: [B, S] bool, the places of the prompts' image rows.
         cfg_scale: guidance, 0 for none.
         cfg_masks_draft: whether it leaves out what was given on the canvas too.
+        period: calls on each block, where all rows take as many; then a GPU need not be asked when one is entered.
     """
 
     def __init__(
@@ -37,24 +38,28 @@ class ApproximatePredictor:
         *,
         cfg_scale: float = 0.0,
         cfg_masks_draft: bool = False,
+        period: int | None = None,
     ):
         assert stream.cache is not None
         stream.cache.exact = policy.exact
         self.stream, self.policy, self.block_length, self.cfg_scale = stream, policy, block_length, cfg_scale
-        self._images, self._masks_draft = images, cfg_masks_draft
-        self._requests: Tensor | None = None
+        self._images, self._masks_draft, self._period, self._calls = images, cfg_masks_draft, period, 0
         self._filled = False  # whether every place has been written
 
     @torch.no_grad()
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K], in each row's active block."""
-        self._keep(canvas.requests)
-        twice, lengths = 2 if self.cfg_scale else 1, self.stream.lengths
-        block, calls = canvas.block.repeat(twice), canvas.calls.repeat(twice)
-        ids = asked_twice(canvas, self.cfg_scale, self._masks_draft)
-        time, asked = canvas.time.repeat(twice), rows.repeat(twice, 1)
-        asked = asked + lengths[:, None]
-        anew = (calls == 0) & (block % self.policy.refresh == 0) | (not self._filled)
+        if (kept := self.stream.follow(canvas.requests)) is not None:
+            self._images = self._images[kept]
+        twice, lengths = self.stream.copies, self.stream.lengths
+        block, time = canvas.block.repeat(twice), canvas.time.repeat(twice)
+        ids, asked = asked_twice(canvas, self.cfg_scale, self._masks_draft), rows.repeat(twice, 1) + lengths[:, None]
+        self._calls += 1
+        if self._period is not None and self.stream.static:
+            number, call = divmod(self._calls - 1, self._period)
+            refreshes = not call and not number % self.policy.refresh
+            return guided(self._feed(ids, block, asked, time, refreshes, None), self.cfg_scale)
+        anew = (canvas.calls.repeat(twice) == 0) & (block % self.policy.refresh == 0) | (not self._filled)
         logits: Tensor | None = None
         for refreshes in (True, False):
             part = (anew == refreshes).nonzero().squeeze(1)
@@ -74,11 +79,13 @@ class ApproximatePredictor:
         """Logits of some rows of the batch, all of which refresh or none."""
         lengths = self.stream.lengths if rows is None else self.stream.lengths[rows]
         if not refreshes:
-            begin, near = lengths + block * self.block_length, self.policy.vicinity
-            end = begin + self.block_length + near if self.policy.kind == "dual" else lengths + self.stream.length
-            window = self.stream.run((begin - near).clamp(min=0), end.minimum(lengths + self.stream.length))
+            begin, near, last = lengths + block * self.block_length, self.policy.vicinity, lengths + self.stream.length
+            dual, width = self.policy.kind == "dual", self.block_length + 2 * near
+            end = (begin + self.block_length + near).minimum(last) if dual else last
+            window = self.stream.run((begin - near).clamp(min=0), end, width if dual else self.stream.length + near)
         elif self.policy.images or not self._filled:
-            window = self.stream.run(torch.zeros_like(lengths), lengths + self.stream.length)
+            whole = self.stream.given + self.stream.length
+            window = self.stream.run(torch.zeros_like(lengths), lengths + self.stream.length, whole)
         else:
             images = self._images if rows is None else self._images[rows]
             window = self._text(images, lengths)
@@ -92,15 +99,3 @@ class ApproximatePredictor:
         places = (~text).long().argsort(1, stable=True)[:, : int(count.max())]
         real = torch.arange(places.shape[1], device=places.device) < count[:, None]
         return places.masked_fill(~real, images.shape[1]), real
-
-    def _keep(self, requests: Tensor) -> None:
-        """Only what belongs to the rows that are left."""
-        if self._requests is requests:
-            return
-        if self._requests is not None and len(requests) < len(self._requests):
-            rows = torch.searchsorted(self._requests, requests)
-            if self.cfg_scale:
-                rows = torch.cat([rows, rows + len(self._requests)])
-            self.stream.keep(rows)
-            self._images = self._images[rows]
-        self._requests = requests

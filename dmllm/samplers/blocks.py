@@ -63,25 +63,29 @@ class BlockPredictor:
     def __init__(self, stream: Stream, canvas: Canvas, *, cfg_scale: float = 0.0, sub_block_length: int | None = None):
         assert canvas.block_length is not None
         self.stream, self.block_length, self.cfg_scale = stream, canvas.block_length, cfg_scale
-        self._requests = canvas.requests
-        self._ids = canvas.ids.repeat(2 if cfg_scale else 1, 1)  # of the canvas, as they were fed last
+        self._ids = canvas.ids.repeat(stream.copies, 1)  # of the canvas, as they were fed last
         self._stored = torch.zeros_like(stream.lengths)  # blocks
         self._sub_block_length = sub_block_length if stream.cache is not None else None
         self._begun = torch.full_like(stream.lengths, -1)  # the block whose keys and values are those of other calls
         if stream.cache is not None:
             stream.cache.exact = sub_block_length is None
+        if stream.cache is not None and stream.static:  # so that every call is as wide: the active block and one before
+            stream.store(stream.lengths // self.block_length * self.block_length, stream.given)
 
     @torch.no_grad()
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K], in each row's active block or right behind it."""
-        self._keep(canvas.requests)
-        twice, lengths = 2 if self.cfg_scale else 1, self.stream.lengths
+        if (kept := self.stream.follow(canvas.requests)) is not None:
+            self._ids, self._stored, self._begun = self._ids[kept], self._stored[kept], self._begun[kept]
+        twice, lengths = self.stream.copies, self.stream.lengths
         ids, block = canvas.ids.repeat(twice, 1), canvas.block.repeat(twice)
         block = block + lengths // self.block_length  # from here on counted from the prompt's first token
         of_token = (lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)) // self.block_length
         complete = (canvas.committed.repeat(twice, 1) | (of_token != block[:, None])).all(1).long()
         changed = (ids != self._ids) & (of_token < self._stored[:, None])
         first = torch.where(changed, of_token, self._stored[:, None]).amin(1).minimum(block)
+        if self.stream.static and self.stream.cache is not None:
+            first = (block - 1).clamp(min=0)
         self._ids = ids
         start, end = first * self.block_length, (block + 1) * self.block_length
         if self._sub_block_length is not None:
@@ -92,19 +96,8 @@ class BlockPredictor:
             end = torch.where(alone, sub_block + self._sub_block_length, end).minimum(end)
             self._begun = block
         asked = rows.repeat(twice, 1) + lengths[:, None]
-        window = self.stream.run(start, torch.cat([end[:, None], asked + 1], 1).amax(1))
+        width = 2 * self.block_length + 1 if self.stream.cache is not None else self.stream.given + self.stream.length
+        window = self.stream.run(start, torch.cat([end[:, None], asked + 1], 1).amax(1), width)
         logits = self.stream.feed(ids, *window, asked, canvas.time.repeat(twice))
         self._stored = block + complete if self.stream.cache is not None else self._stored
         return guided(logits, self.cfg_scale)
-
-    def _keep(self, requests: Tensor) -> None:
-        """Only what belongs to the rows that are left."""
-        if self._requests is requests:
-            return
-        if len(requests) < len(self._requests):
-            rows = torch.searchsorted(self._requests, requests)
-            if self.cfg_scale:
-                rows = torch.cat([rows, rows + len(self._requests)])
-            self.stream.keep(rows)
-            self._ids, self._stored, self._begun = self._ids[rows], self._stored[rows], self._begun[rows]
-        self._requests = requests
