@@ -49,3 +49,17 @@ class NoiseModel:
 def generators(*seeds: int) -> list[Generator]:
     """One generator a row."""
     return [Generator().manual_seed(s) for s in seeds]
+
+
+def quantile(freedom: int) -> float:
+    """Chi-square, 99.9 %, by Wilson and Hilferty's approximation."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def chi_square(model: TableModel, drawn: Tensor) -> float:
+    """Of the texts `drawn` [B, N], against the table; of those that can be."""
+    index = (drawn * model.vocab ** torch.arange(model.length - 1, -1, -1)).sum(1)
+    seen = torch.bincount(index, minlength=len(model.texts)).double()
+    expected, possible = model.probs * len(drawn), model.probs > 0
+    assert not seen[~possible].any()
+    return float(((seen - expected) ** 2 / expected)[possible].sum())

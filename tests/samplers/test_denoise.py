@@ -11,7 +11,7 @@ from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.denoise import denoise
 from dmllm.types import Step
-from tests.samplers.table import NoiseModel, TableModel, generators
+from tests.samplers.table import NoiseModel, TableModel, chi_square, generators, quantile
 
 RULES = list(REMASKING)
 
@@ -19,18 +19,6 @@ RULES = list(REMASKING)
 def fill(model, config: DecodeConfig, batch: int, length: int, seeds: tuple[int, ...] | None = None) -> list[Step]:
     canvas = Canvas.blank(batch, length, model.mask)
     return list(denoise(model, canvas, config, generators(*(seeds or range(batch)))))
-
-
-def quantile(freedom: int) -> float:
-    """Chi-square, 99.9 %, by Wilson and Hilferty's approximation."""
-    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-
-
-def chi_square(model: TableModel, drawn: torch.Tensor) -> float:
-    index = (drawn * model.vocab ** torch.arange(model.length - 1, -1, -1)).sum(1)
-    seen = torch.bincount(index, minlength=len(model.texts)).double()
-    expected = model.probs * len(drawn)
-    return float(((seen - expected) ** 2 / expected).sum())
 
 
 @pytest.mark.parametrize("remasking", ["random", "entropy", "margin"])
