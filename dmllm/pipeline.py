@@ -18,13 +18,13 @@ from torch import Tensor
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.card import describe
 from dmllm.data.collate import collate
+from dmllm.nn.graphs import Workspaces
 from dmllm.nn.rope import places
 from dmllm.nn.visibility import check_layout, layout
-from dmllm.predictor import encode_distinct, likelihoods, prepare
+from dmllm.predictor import decode, encode_distinct, likelihoods, prepare
 from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
 from dmllm.samplers.canvas import reply_length
 from dmllm.samplers.config import DecodeConfig, decode_config
-from dmllm.samplers.denoise import denoise
 from dmllm.tiling import TilingConfig
 from dmllm.types import Batch, Example, SpecialTokens, Step
 
@@ -97,6 +97,7 @@ class Pipeline:
         self.model, self.processor = model.eval(), processor
         self.generation = dict(generation or {})
         self.special: SpecialTokens = model.config.special
+        self._workspaces = Workspaces()
 
     def chat(
         self,
@@ -356,9 +357,10 @@ class Pipeline:
                 raise ValueError("draft= is not for a model that denoises in its own way; leave it out.")
             draws = None if generator is None else row_generators(generator, examples)
             return own(self._collate(examples), config, draws)
-        asked = prepare(self.model, self._collate(examples), config, self.special.mask, use_cache, draft)
-        steps, length = denoise(*asked, row_generators(generator, examples)), config.max_new_tokens
-        return (replace(s, ids=s.ids[:, :length], committed=s.committed[:, :length]) for s in steps)  # of whole blocks
+        asked = prepare(
+            self.model, self._collate(examples), config, self.special.mask, use_cache, draft, self._workspaces
+        )
+        return decode(*asked, row_generators(generator, examples), config.max_new_tokens, self._workspaces)
 
     def _collate(self, examples: list[Example]) -> Batch:
         tiling = self.tiling

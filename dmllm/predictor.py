@@ -9,6 +9,7 @@ Shapes: B requests, P prompt rows (padded on the right), N canvas tokens, K posi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +25,15 @@ from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
-from dmllm.samplers.denoise import Predict
+from dmllm.samplers.denoise import Predict, denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
 from dmllm.samplers.policy import CachePolicy
 from dmllm.samplers.stream import Stream
 from dmllm.samplers.whole import WholePredictor
-from dmllm.types import PADDING, TEXT, Batch
+from dmllm.types import PADDING, TEXT, Batch, Step
+
+PREDICTORS = (ApproximatePredictor, BlockPredictor, WholePredictor)
 
 
 def prepare(
@@ -87,6 +90,17 @@ def prepare(
         greedy = replace(config, temperature=0.0, top_p=1.0)
         canvas = canvas.commit(place, estimate(predict(canvas, place), mask_id, greedy).tokens, place == 0)
     return predict, canvas, config
+
+
+def decode(
+    predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[Generator], length: int, workspaces: Workspaces
+) -> Iterator[Step]:
+    """The steps of `denoise`, the canvas cut to `length` tokens; in the end its cache goes back to `workspaces`."""
+    try:
+        for step in denoise(predict, canvas, config, draws):
+            yield replace(step, ids=step.ids[:, :length], committed=step.committed[:, :length])
+    finally:
+        workspaces.give(predict.stream.cache if isinstance(predict, PREDICTORS) else None)
 
 
 def _caches(model: Any, prompts: Batch, kind: str, use_cache: bool | None, policy: CachePolicy | None = None) -> bool:
