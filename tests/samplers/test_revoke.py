@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dmllm.samplers.revoke import masked_again
 from dmllm.types import Step
 from tests.samplers.table import NoiseModel, TableModel, chi_square, generators
 
-PROCESS = {"schedule": "time", "remasking": "origin", "temperature": 1.0}
+PROCESS: dict[str, Any] = {"schedule": "time", "remasking": "origin", "temperature": 1.0}
 
 
 def fill(model, config: DecodeConfig, batch: int, length: int) -> list[Step]:
@@ -81,10 +82,10 @@ def agreeing() -> TableModel:
 
 def test_what_was_committed_together_and_does_not_fit_is_revoked() -> None:
     model = agreeing()
-    common = {"remasking": "sequential", "num_to_transfer": 2, "temperature": 1.0}
+    common: dict[str, Any] = {"remasking": "sequential", "num_to_transfer": 2, "temperature": 1.0}
     agree = {}
     for revoke in (None, 0.5):
-        sure = {} if revoke is None else {"threshold": 1.0, "revoke_threshold": revoke}
+        sure: dict[str, Any] = {} if revoke is None else {"threshold": 1.0, "revoke_threshold": revoke}
         steps = fill(model, DecodeConfig(**common, **sure), 400, 6)
         ids = steps[-1].ids
         agree[revoke] = float((ids[:, :4] == ids[:, :1]).all(1).double().mean())

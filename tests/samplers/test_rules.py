@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from dmllm.samplers.rules import choose, entropy_bound, factor, low_confidence
 from dmllm.types import Step
 from tests.samplers.table import NoiseModel, TableModel, chi_square, generators, quantile
 
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"remasking": "margin", "threshold": 0.5},
     {"factor": 1.0},
@@ -41,7 +43,9 @@ def fill(model, canvas: Canvas, config: DecodeConfig, seeds: tuple[int, ...]) ->
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @settings(max_examples=12, deadline=None)
 @given(st.data())
-def test_every_rule_ends_in_time_keeps_what_it_may_not_change_and_treats_each_row_as_if_alone(options, data) -> None:
+def test_every_rule_ends_in_time_keeps_what_it_may_not_change_and_treats_each_row_as_if_alone(
+    options: dict[str, Any], data
+) -> None:
     length = data.draw(st.integers(1, 9), "length")
     block = data.draw(st.integers(1, length), "block_length")
     config = DecodeConfig(
