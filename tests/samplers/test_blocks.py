@@ -21,6 +21,9 @@ SETTINGS = [
     {"editing_threshold": 0.1, "max_post_steps": 3},
     {"block_length": 6, "editing_threshold": 0.05, "num_to_transfer": 2, "max_post_steps": 2, "cfg_scale": 0.5},
     {"store_calls": True, "block_steps": 2, "eos_token_id": [1, 2, 3, 4, 5, 6], "eos_early_stop": False},
+    {"threshold": 0.1, "kl_threshold": 0.5, "kl_history_length": 1, "cfg_scale": 0.5},
+    {"block_length": 8, "threshold": 0.1, "revoke_threshold": 0.5},
+    {"schedule": "time", "remasking": "origin", "remdm": "rescale", "eta": 0.8, "temperature": 1.0, "block_steps": 5},
 ]
 
 
