@@ -27,7 +27,7 @@ def to_dmllm(config: Fields) -> dict[str, Any]:
         "eos_token_id": eos,
         "pad_token_id": eos,
         "visibility": "full",
-        **llava.to_dmllm(config),
+        **llava.to_dmllm(config, threads=2),
     }
 
 

@@ -80,12 +80,13 @@ def template(chat_template: str) -> str:
     )
 
 
-def to_dmllm(config: Fields, *, tower: str | None = None, pooled: bool = False) -> dict[str, Any]:
+def to_dmllm(config: Fields, *, tower: str | None = None, pooled: bool = False, threads: int = 1) -> dict[str, Any]:
     """The fields of `DmllmConfig` that concern pictures.
 
     Args:
         tower: the vision tower where config.json names none.
         pooled: whether 2 x 2 patches become one, behind the projector.
+        threads: the number of threads whose rounding the GELUs have on a CPU: of the run that was recorded.
 
     Raises:
         ValueError: an unknown tower, or a field whose value our parts do not compute.
@@ -114,10 +115,12 @@ def to_dmllm(config: Fields, *, tower: str | None = None, pooled: bool = False) 
         raise ValueError(f"config.json: mm_hidden_size={config['mm_hidden_size']}, but the tower is {width} wide.")
     projection = config.get("mm_projector_type", "mlp2x_gelu")
     mode = config.get("mm_spatial_pool_mode") or "bilinear"
-    options = {"factor": 2, "mode": mode, "then": projection, "projected": True, "whole": mode != "bilinear"}
+    own = {"gelu_parts": threads} if projection == "mlp2x_gelu" else {}
+    options = {"factor": 2, "mode": mode, "then": projection, "projected": True, "whole": mode != "bilinear", **own}
+    steady = {"attn_implementation": "eager", "gelu_parts": threads}
     return {
-        "vision": {"name": f"hf:{name}", "layer": -2, "options": {**shape, "attn_implementation": "eager"}},
-        "projector": {"name": "pool", "options": options} if pooled else {"name": projection},
+        "vision": {"name": f"hf:{name}", "layer": -2, "options": {**shape, **steady}},
+        "projector": {"name": "pool", "options": options} if pooled else {"name": projection, "options": own},
         "tiling": tiling(config, need(shape, "image_size")),
         "row_break": unpadded(config),
         "image_token_id": IMAGE,

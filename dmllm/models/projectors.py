@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmllm.nn.gelu import SteadyGELU
 from dmllm.registry import Table
 from dmllm.tiling import Resize
 
@@ -69,13 +70,17 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Sequential):
-    """Linear, GELU, linear; the hidden width is `out_features`. Keys are LLaVA's: 0 and 2."""
+    """Linear, GELU, linear; the hidden width is `out_features`. Keys are LLaVA's: 0 and 2.
+
+    Args:
+        gelu_parts: the number of threads whose rounding the GELU has (`nn.gelu`); None: those there are.
+    """
 
     activation: type[nn.Module] = nn.GELU
 
-    def __init__(self, in_features: int, out_features: int, grid: tuple[int, int]):
+    def __init__(self, in_features: int, out_features: int, grid: tuple[int, int], gelu_parts: int | None = None):
         first, last = nn.Linear(in_features, out_features), nn.Linear(out_features, out_features)
-        super().__init__(first, self.activation(), last)
+        super().__init__(first, SteadyGELU(parts=gelu_parts) if gelu_parts else self.activation(), last)
         self.grid = grid
 
 
@@ -104,6 +109,7 @@ class Pool(nn.Module):
         then: the projection, "mlp2x_gelu" or "linear".
         projected: pool what is projected already, as LLaVA's code does, in place of the patches.
         whole: average, max: leave out the windows that stand over the edge (27 -> 13).
+        gelu_parts: of the projection, see `Mlp`.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class Pool(nn.Module):
         then: str = "mlp2x_gelu",
         projected: bool = False,
         whole: bool = False,
+        gelu_parts: int | None = None,
     ):
         super().__init__()
         if mode not in ("average", "max", "bilinear"):
@@ -126,7 +133,8 @@ class Pool(nn.Module):
         self.patches, self.factor, self.mode, self.projected, self.whole = grid, factor, mode, projected, whole
         rows, cols = grid
         self.grid = (rows // factor, cols // factor) if whole else (-(-rows // factor), -(-cols // factor))
-        self.project = _projection(then, in_features, out_features, self.grid)
+        options = {"gelu_parts": gelu_parts} if gelu_parts and then == "mlp2x_gelu" else {}
+        self.project = _projection(then, in_features, out_features, self.grid, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.project(x)) if self.projected else self.project(self.pool(x))
@@ -258,10 +266,10 @@ def resize_maps(features: Tensor, resizes: Tensor, grid: tuple[int, int]) -> Ten
     return torch.cat([*parts, features[done:]])
 
 
-def _projection(name: str, in_features: int, out_features: int, grid: tuple[int, int]) -> nn.Module:
+def _projection(name: str, in_features: int, out_features: int, grid: tuple[int, int], **options: Any) -> nn.Module:
     if name not in ("linear", "mlp2x_gelu"):
         raise ValueError(f"then={name!r} is not one of: linear, mlp2x_gelu.")
-    return PROJECTORS.load(name)(in_features, out_features, grid)
+    return PROJECTORS.load(name)(in_features, out_features, grid, **options)
 
 
 def _check_factor(name: str, factor: int) -> None:

@@ -12,7 +12,7 @@ from dmllm.pipeline import load
 from dmllm.samplers.schedules import commit_counts
 from tests.families.recorded_pictures import Recorded, assert_written_back, digests, threads  # noqa: F401
 
-RECORDED = Recorded("lavida", threads=1)
+RECORDED = Recorded("lavida", threads=2)  # recorded with 1
 CASES = RECORDED.cases
 MERGED = {name: case for name, case in CASES["merge_cases"].items() if name != "two_anyres"}  # whose rows are not kept
 GREEDY = [name for name, case in CASES["generate"].items() if "seed" not in case["params"]]

@@ -2,7 +2,8 @@
 
 The name is a hub name or a folder, of the tower alone or of a model that contains one. `options` are fields of the
 tower's configuration; with `model_type` among them they are the whole configuration, and no file is read. Among them
-may be `attn_implementation`: how attention is computed while the weights are float32 (eager rounds as LLaVA does).
+may be `attn_implementation`: how attention is computed while the weights are float32 (eager rounds as LLaVA does), and
+`gelu_parts`: the number of threads whose rounding a tanh GELU has (`nn.gelu`).
 
 Normalisation comes from the model's `preprocessor_config.json`. SigLIP 2 towers of flexible resolution (NaFlex) are fed
 one fixed grid, by default the square of their own number of patches.
@@ -25,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dmllm.hub import fetch, find
 from dmllm.models.vision.encoder import VisionConfig, VisionEncoder
+from dmllm.nn.gelu import SteadyGELU
 from dmllm.registry import nearest
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json|processor_config.json"
@@ -32,7 +34,8 @@ WEIGHTS = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pyto
 SHARDS = ("*.safetensors", "pytorch_model*.bin")
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of PIL's numbers, which the files hold
 TRIMMED = ("siglip_vision_model", "siglip2_vision_model", "clip_vision_model")  # encoder.layers, then post_layernorm
-ATTENTION = "attn_implementation"
+ATTENTION, PARTS = "attn_implementation", "gelu_parts"
+OWN = (ATTENTION, PARTS)  # options that are no fields of the tower's configuration
 HALF = (0.5, 0.5, 0.5)
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 NORMALISATION = {"siglip_vision_model": (HALF, HALF), "siglip2_vision_model": (HALF, HALF), "clip_vision_model": CLIP}
@@ -48,6 +51,10 @@ class HuggingFaceEncoder(VisionEncoder):
             raise ValueError(f"vision layer={config.layer}: {config.name} has {shape.num_hidden_layers} layers.")
         self.tower: Any = _load(config, shape) if load_weights else _class(shape)(shape)
         self.float32_attention = config.options.get(ATTENTION)
+        if config.options.get(PARTS) and shape.hidden_act == "gelu_pytorch_tanh":
+            for module in self.tower.modules():
+                if hasattr(module, "activation_fn"):
+                    module.activation_fn = SteadyGELU("tanh", config.options[PARTS])
         self.patch, self.flexible = _side(shape.patch_size), _is_flexible(shape)
         self.hidden_size = shape.hidden_size
         self.grid = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
@@ -72,7 +79,7 @@ class HuggingFaceEncoder(VisionEncoder):
             shape = AutoConfig.from_pretrained(folder)
             shape = getattr(shape, "vision_config", shape)
             for key, value in config.options.items():
-                if key == ATTENTION:
+                if key in OWN:
                     continue
                 if not hasattr(shape, key):
                     raise ValueError(f"{config.name} has no option {key!r}; {nearest(key, list(_fields(shape)))}")
@@ -94,7 +101,7 @@ class HuggingFaceEncoder(VisionEncoder):
             mean=mean,
             std=std,
             interpolation=config.interpolation or RESAMPLING[prepared.get("resample", 3)],
-            options=_fields(shape) | {k: v for k, v in config.options.items() if k == ATTENTION},
+            options=_fields(shape) | {k: v for k, v in config.options.items() if k in OWN},
         )
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ class HuggingFaceEncoder(VisionEncoder):
 
 def _shape(config: VisionConfig) -> PreTrainedConfig:
     """The tower's configuration out of resolved options."""
-    options = {key: value for key, value in config.options.items() if key != ATTENTION}
+    options = {key: value for key, value in config.options.items() if key not in OWN}
     kind = options.pop("model_type")
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
         raise ValueError(f"vision model_type={kind!r} is not known; {nearest(kind, [*NORMALISATION])}")
