@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.card import describe
+from dmllm.constraints import Constraints
 from dmllm.data.collate import collate
 from dmllm.nn.graphs import Workspaces
 from dmllm.nn.rope import places
@@ -90,7 +91,7 @@ class Pipeline:
     Every method that decodes takes `generator` (a number, a torch.Generator, a list of one a row, or None for torch's
     global one), `use_cache` (None: where it is exact; False: never) and, as `**decode`, the fields of
     `samplers.config.DecodeConfig`: max_new_tokens, steps, block_length, remasking, threshold, temperature, top_p,
-    cfg_scale, eos_token_id.
+    cfg_scale, eos_token_id, choices, constraint.
     """
 
     def __init__(self, model: Any, processor: Any = None, generation: dict[str, Any] | None = None):
@@ -98,6 +99,7 @@ class Pipeline:
         self.generation = dict(generation or {})
         self.special: SpecialTokens = model.config.special
         self._workspaces = Workspaces()
+        self.constraints = Constraints(processor, model)
 
     def chat(
         self,
@@ -360,7 +362,8 @@ class Pipeline:
         asked = prepare(
             self.model, self._collate(examples), config, self.special.mask, use_cache, draft, self._workspaces
         )
-        return decode(*asked, row_generators(generator, examples), config.max_new_tokens, self._workspaces)
+        constraint, draws = self.constraints.of(config, asked[1]), row_generators(generator, examples)
+        return decode(*asked, draws, config.max_new_tokens, self._workspaces, constraint)
 
     def _collate(self, examples: list[Example]) -> Batch:
         tiling = self.tiling

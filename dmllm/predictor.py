@@ -25,6 +25,7 @@ from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
+from dmllm.samplers.constraint import Constraint
 from dmllm.samplers.denoise import Predict, denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
@@ -61,6 +62,8 @@ def prepare(
         )
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
+    if trained is not None and config.blocks_ahead:
+        raise ValueError(f"blocks_ahead={config.blocks_ahead}: with visibility={kind!r} no block sees those behind it.")
     config, draft = _with_suffix(config, draft, len(prompts), mask_id, kind)
     length, scale, policy = config.max_new_tokens, config.cfg_scale, CachePolicy.of(config.cache)
     first = config.prompt_first and model.config.shift and (kind != "full" or policy is not None)
@@ -83,7 +86,8 @@ def prepare(
     if trained is not None:
         alone = (config.sub_block_length or config.block_length) if config.sub_block_cache else None
         return BlockPredictor(stream, canvas, cfg_scale=scale, sub_block_length=alone), canvas, config
-    predict = WholePredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft)
+    opened = {"block_length": config.block_of(length), "blocks_ahead": config.blocks_ahead}
+    predict = WholePredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft, **opened)
     if first:
         place = torch.zeros(len(canvas), 1, dtype=torch.int64, device=model.device)
         # Its row is the prompt's last, so this says what computing the prompt has said already: it is no call.
@@ -93,11 +97,17 @@ def prepare(
 
 
 def decode(
-    predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[Generator], length: int, workspaces: Workspaces
+    predict: Predict,
+    canvas: Canvas,
+    config: DecodeConfig,
+    draws: list[Generator],
+    length: int,
+    workspaces: Workspaces,
+    constraint: Constraint | None = None,
 ) -> Iterator[Step]:
     """The steps of `denoise`, the canvas cut to `length` tokens; in the end its cache goes back to `workspaces`."""
     try:
-        for step in denoise(predict, canvas, config, draws):
+        for step in denoise(predict, canvas, config, draws, constraint):
             yield replace(step, ids=step.ids[:, :length], committed=step.committed[:, :length])
     finally:
         workspaces.give(predict.stream.cache if isinstance(predict, PREDICTORS) else None)

@@ -26,15 +26,15 @@ LEVELS = {
     "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1,
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
-    "requests": 3, "pipeline": 4, "predictor": 4, "animation": 4, "auto": 4,
+    "requests": 3, "pipeline": 4, "predictor": 4, "constraints": 4, "animation": 4, "auto": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
 }  # fmt: skip
-SIBLINGS = {("config", "registry"), ("checkpoints", "families"), ("pipeline", "predictor")}
+SIBLINGS = {("config", "registry"), ("checkpoints", "families"), ("pipeline", "predictor"), ("pipeline", "constraints")}
 OPTIONAL = {
     "timm", "open_clip", "torchvision", "matplotlib", "sklearn", "pycocoevalcap", "datasets", "wandb", "trackio",
-    "tensorboard", "transformers",
+    "tensorboard", "transformers", "outlines_core",
 }  # fmt: skip
 MAX_LINES, MAX_FUNCTION = 400, 80
 

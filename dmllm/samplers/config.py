@@ -57,6 +57,9 @@ class DecodeConfig:
     sub_block_length: int | None = None
     """Tokens of a sub-block; within a block one is filled before the next begins, each call seeing the whole block
     (Fast-dLLM v2's small_block_size). None, or the block's length and more, is the block itself."""
+    blocks_ahead: int | None = None
+    """How many blocks behind the active one a model with full attention sees, the others not being opened yet: 0 opens
+    one after the other until a reply ends, so that `max_new_tokens` may be generous; None is all of them."""
     block_steps: int | None = None
     """Model calls for each block, in place of `steps`: SDAR's denoising_steps, LLaDA2's steps."""
     num_to_transfer: int | None = None
@@ -132,6 +135,11 @@ class DecodeConfig:
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
     stop_sequences: list[list[int]] = field(default_factory=list)
     """Runs of tokens that end a reply too, e.g. the ids of a word (LLaDA-V's stopping_criteria)."""
+    constraint: Any = None
+    """What an answer's text must match, whatever the other settings: a regular expression (as `re.fullmatch` reads
+    it), a JSON schema (a dict), or a list with one, a list of choices, or None for each request of a batch."""
+    choices: list[Any] | None = None
+    """The texts that an answer may be; or a list with one such list, or None, for each request of a batch."""
     prompt_first: bool = False
     """Whether the first token is the most probable one that the prompt alone predicts, known before the first call: for
     models of which a row predicts the next token, where the prompt does not see the answer (LaViDa-Dream). For
@@ -162,6 +170,10 @@ class DecodeConfig:
             value, optional = getattr(self, name), name in OPTIONAL
             if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name}={value!r} must be a number{' or None' if optional else ''}.")
+        if self.choices is not None and (self.constraint is not None or not isinstance(self.choices, list | tuple)):
+            raise ValueError(f"choices={self.choices!r:.200} must be a list of texts, and go without constraint=.")
+        if self.stop_sequences and (self.constraint is not None or self.choices is not None):
+            raise ValueError("stop_sequences: a constraint says where the text ends; leave them out.")
         if any(type(i) is not int for i in self.stop_ids):
             raise ValueError(f"eos_token_id={self.eos_token_id!r} must be a token id, a list of them, or None.")
         if any(not run or any(type(i) is not int for i in run) for run in self.stop_sequences):
@@ -334,6 +346,12 @@ def _check_rules(config: DecodeConfig) -> None:
         )
     if config.revoke_threshold is not None and all(getattr(config, name) is None for name in SURE):
         raise ValueError(f"revoke_threshold={config.revoke_threshold} goes with a low threshold; say it, e.g. 0.6.")
+    _whole("blocks_ahead", config.blocks_ahead, least=0, optional=True)
+    if config.blocks_ahead is not None and (config.block_length is None or config.suffix_ids or config.cache):
+        raise ValueError(
+            f"blocks_ahead={config.blocks_ahead} opens blocks one by one: say block_length, and leave out suffix_ids, "
+            "which stand behind the last one, and cache, which is of all of them."
+        )
     ways = ("editing_threshold", "revoke_threshold", "remdm")
     said = [f"{name}={value!r}" for name in ways if (value := getattr(config, name)) is not None]
     if len(said) > 1:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
+from dmllm.samplers.constraint import Constraint
 from dmllm.samplers.estimate import Estimate, Heard, estimate
 from dmllm.samplers.quota import noise_level, quota
 from dmllm.samplers.revoke import masked_again, revoked, with_confidence
@@ -26,7 +27,13 @@ Predict = Callable[[Canvas, Tensor], Tensor]
 """(canvas, rows [B, K] int64) -> logits [B, K, V] at those positions; `canvas.requests` says whose rows they are."""
 
 
-def denoise(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Iterator[Step]:
+def denoise(
+    predict: Predict,
+    canvas: Canvas,
+    config: DecodeConfig,
+    draws: list[Generator],
+    constraint: Constraint | None = None,
+) -> Iterator[Step]:
     """Fill the canvas; one `Step` after each model call, or a single one where nothing is unknown.
 
     Rows that are finished (all known, or known in order up to an end of sequence) take no part in later calls.
@@ -36,6 +43,7 @@ def denoise(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         canvas: `Canvas.of` or `Canvas.blank`; what is known stays as it is, and the canvas itself is not changed.
         config: how; its `max_new_tokens` plays no part, the canvas has its length.
         draws: one generator for each row of the canvas.
+        constraint: what the texts must match, for a canvas that leaves room for it (`Constraint.check`).
     """
     assert len(draws) == len(canvas), (len(draws), len(canvas))
     whole = part = canvas
@@ -49,13 +57,19 @@ def denoise(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         if len(alive) < len(part):
             part = part.take(alive)
             draws = [draws[i] for i in alive.tolist()]
-        part = advance(predict, part, config, draws)
+        part = advance(predict, part, config, draws, constraint)
         whole = whole.put(part)
         finished = _finished(whole, config)
         yield Step(ids=whole.ids, committed=whole.committed, num_forwards=whole.forwards, finished=finished)
 
 
-def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Canvas:
+def advance(
+    predict: Predict,
+    canvas: Canvas,
+    config: DecodeConfig,
+    draws: list[Generator],
+    constraint: Constraint | None = None,
+) -> Canvas:
     """One model call, what it commits of each row's first unfilled block, and what it edits there."""
     length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     canvas = _enter_block(canvas, length)
@@ -69,13 +83,18 @@ def advance(predict: Predict, canvas: Canvas, config: DecodeConfig, draws: list[
         left = asked.sum(1)
     drawn = _draw(config, draws, length, canvas.ids.device)
     uniform = [numbers.gather(1, slots) for numbers in drawn]
-    logits = predict(canvas, rows)
-    seen = estimate(logits, canvas.mask_id, config, uniform[0], canvas.heard, rows)
+    logits, guided = predict(canvas, rows), None
+    if constraint is not None:
+        guided = constraint(canvas, config, logits, rows, asked, uniform[0], full[:, 0])
+        logits = guided.logits
+    seen = estimate(logits, canvas.mask_id, config, uniform[0], canvas.heard, rows, guided and guided.tokens)
     if config.kl_threshold is not None:
         stable = torch.where(seen.change < config.kl_threshold, canvas.stable.gather(1, rows) + 1, 0)
         heard = Heard(rows, logits.clone())  # the model may write its next ones over them
         canvas = replace(canvas, stable=canvas.stable.scatter(1, rows, stable), heard=heard)
     tokens, chosen = _choose(canvas, config, seen, rows, asked, left, full, uniform[1], length)
+    if guided is not None:
+        tokens, chosen = guided.settle(tokens, chosen, asked)
     filled = canvas.commit(rows, tokens, chosen)
     edited = _edits(canvas, config, seen, rows, asked, slots, length)
     if config.editing_threshold is not None:

@@ -75,7 +75,7 @@ def estimate(
         logits: [B, K, V], left as they are.
         uniform: [B, K] float64 in [0, 1), one number a position; needed at temperature > 0.
         heard: the last call's logits, to be compared with those of the same positions; `rows` [B, K] are these.
-        given: [B, K] int64, tokens to be judged in place of a choice.
+        given: [B, K] int64, tokens to be judged in place of a choice, which is made where this is -1.
     """
     flat, shape = logits.flatten(0, 1), logits.shape[:2]
     at_once = max(READ.get(logits.device.type, READ["cuda"]) // logits.shape[-1], 1)
@@ -111,10 +111,11 @@ def _read(
     scores.copy_(logits)
     _forbid(scores, mask_id, config)
     highest, top = _greatest(padded)
-    tokens = top if given is None else given
-    if config.draws_tokens and given is None:
+    tokens = top
+    if config.draws_tokens and (given is None or uniform is not None):
         assert uniform is not None
         tokens = draw(scores, uniform, config.temperature, config.top_p)
+    tokens = tokens if given is None else torch.where(given < 0, tokens, given)
     if config.distrust_ids:  # chosen or not, they have no part in the distribution by which choices are ranked
         for token in config.distrust_ids:
             scores[:, token] = -torch.inf
