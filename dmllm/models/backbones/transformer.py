@@ -25,6 +25,7 @@ from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Ragged, ragged
 from dmllm.nn.rope import Stretch, places, rotary_tables, rotate
+from dmllm.nn.unembedding import Unembedding
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -195,7 +196,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Unembedding(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
