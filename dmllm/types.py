@@ -121,3 +121,4 @@ class Step:
     committed: Tensor  # [B, N] bool
     num_forwards: Tensor  # [B] model calls each row has used so far
     finished: Tensor  # [B] bool
+    num_wasted: int = 0  # model calls besides that served no row, where a GPU's host learns late that all is finished

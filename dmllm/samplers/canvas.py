@@ -87,6 +87,15 @@ class Canvas:
         heard = None if self.heard is None else self.heard.take(rows)
         return replace(self, heard=heard, **{name: getattr(self, name)[rows] for name in PER_ROW})
 
+    def keep(self, rows: Tensor, before: Canvas) -> Canvas:
+        """This canvas, but the rows `rows` [B] bool as they were `before`, of the same requests."""
+
+        def choose(name: str) -> Tensor:
+            new, old = getattr(self, name), getattr(before, name)
+            return torch.where(rows.view(-1, *(1 for _ in new.shape[1:])), old, new)
+
+        return replace(self, **{name: choose(name) for name in PER_ROW if name != "requests"})
+
     def put(self, part: Canvas) -> Canvas:
         """This first canvas with the rows of `part` in their places: the inverse of `take`."""
         if part.requests is self.requests:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
+from dmllm.samplers.ahead import ahead
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.constraint import Constraint
@@ -21,6 +22,7 @@ from dmllm.samplers.estimate import Estimate, Heard, estimate
 from dmllm.samplers.quota import noise_level, quota
 from dmllm.samplers.revoke import masked_again, revoked, with_confidence
 from dmllm.samplers.rules import accepted, choose
+from dmllm.samplers.stream import is_static
 from dmllm.types import Step
 
 Predict = Callable[[Canvas, Tensor], Tensor]
@@ -46,6 +48,11 @@ def denoise(
         constraint: what the texts must match, for a canvas that leaves room for it (`Constraint.check`).
     """
     assert len(draws) == len(canvas), (len(draws), len(canvas))
+    if is_static(canvas.ids.device):
+        yield from ahead(
+            canvas, lambda now: advance(predict, now, config, draws, constraint), lambda now: _finished(now, config)
+        )
+        return
     whole = part = canvas
     finished = _finished(whole, config)
     if bool(finished.all()):
@@ -75,7 +82,7 @@ def advance(
     canvas = _enter_block(canvas, length)
     canvas = replace(canvas, time=noise_level(canvas, config, length))
     rows, asked, slots, left = _open_rows(
-        canvas, config, length, compact=canvas.ids.device.type == "cpu" and config.editing_threshold is None
+        canvas, config, length, compact=not is_static(canvas.ids.device) and config.editing_threshold is None
     )
     canvas, full = replace(canvas, opened=torch.where(canvas.calls == 0, left, canvas.opened)), (left == 0)[:, None]
     if not config.fill_behind_eos:

@@ -10,6 +10,7 @@ S >= P + N places, W rows fed, K positions asked for, D hidden.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Stream:
     ):
         self.model, self.lengths, self.length, self.visibility, self.cache = model, lengths, length, visibility, cache
         self.copies = copies
-        self.static = lengths.device.type == "cuda"  # no shape depends on data
+        self.static = is_static(lengths.device)
         self._prompts, self._positions = prompts, positions
         self._requests = torch.arange(len(lengths) // copies, device=lengths.device)
         self._window: tuple[Tensor, ...] | None = None
@@ -73,6 +74,17 @@ class Stream:
         self._positions, self._window = self._positions.index_select(-2, rows), None
         self.cache = None if self.cache is None else self.cache.select(rows)
         return rows
+
+    def fork(self, count: int) -> Stream:
+        """`count` streams that start where this one, of a single request, is; it stays as it is."""
+        assert len(self._requests) == 1, "a fork is of one request"
+        rows = torch.arange(self.copies, device=self.lengths.device).repeat_interleave(count)
+        other = copy.copy(self)
+        other._requests, other._window = self._requests.repeat(count), None
+        other._prompts, other.lengths = self._prompts[rows], self.lengths[rows]
+        other._positions = self._positions.index_select(-2, rows)
+        other.cache = None if self.cache is None else self.cache.select(rows)
+        return other
 
     def run(self, first: Tensor, end: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The places from `first` to `end` [B], [B, W], and which of them are real; the same ones as in the last call,
@@ -150,6 +162,11 @@ class Stream:
         if len(self._window) == 4:
             self._window = (*self._window, torch.where(real, places, self.cache.size))
         return self._window[4]
+
+
+def is_static(device: torch.device) -> bool:
+    """Whether no shape may depend on data, for which the host would wait."""
+    return device.type == "cuda"
 
 
 class Cached:
