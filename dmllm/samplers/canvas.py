@@ -136,12 +136,11 @@ def reply_length(ids: Tensor, committed: Tensor, stops: Stops) -> tuple[Tensor, 
 
 def ends_at(ids: Tensor, committed: Tensor, stops: Stops) -> Tensor:
     """[B, N] bool: where one of `stops` begins, all of it known."""
-    single = torch.tensor([stop for stop in stops if isinstance(stop, int)], dtype=ids.dtype, device=ids.device)
-    ends = committed & torch.isin(ids, single)
-    for run in stops:
-        if isinstance(run, int) or len(run) > ids.shape[1]:
-            continue
-        windows = ids.unfold(1, len(run), 1) == torch.tensor(run, device=ids.device)  # [B, N - n + 1, n]
-        found = (windows & committed.unfold(1, len(run), 1)).all(-1)
-        ends = ends | F.pad(found, (0, len(run) - 1))
+    ends = torch.zeros_like(committed)
+    for stop in stops:
+        run = (stop,) if isinstance(stop, int) else stop
+        count = ids.shape[1] - len(run) + 1  # places where it may begin
+        if count > 0:
+            found = [committed[:, i : i + count] & (ids[:, i : i + count] == token) for i, token in enumerate(run)]
+            ends = ends | F.pad(torch.stack(found).all(0), (0, len(run) - 1))
     return ends

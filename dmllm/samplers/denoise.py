@@ -129,9 +129,8 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, K] and where they are committed, [B, K] bool: the least doubtful of what is asked for."""
     doubt = REMASKING.load(config.remasking)(seen, uniform)
-    if config.distrust_ids:
-        last = torch.isin(seen.tokens, torch.tensor(config.distrust_ids, device=doubt.device))
-        doubt = doubt.masked_fill(last, torch.finfo(doubt.dtype).max)
+    for token in config.distrust_ids:
+        doubt = doubt.masked_fill(seen.tokens == token, torch.finfo(doubt.dtype).max)
     steps = config.steps_per_block(canvas.ids.shape[1])
     sure = accepted(seen, doubt, asked, config, canvas.stable.gather(1, rows), (canvas.calls + 1) / steps)
     least = quota(canvas, config, asked, left, uniform, length)
