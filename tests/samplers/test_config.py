@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from dmllm.config import load_config
 from dmllm.samplers.config import DecodeConfig, decode_config
@@ -51,3 +55,13 @@ def test_the_configuration_can_be_written_in_yaml(tmp_path) -> None:
     (tmp_path / "d.yaml").write_text("max_new_tokens: 16\nthreshold: 0.9\neos_token_id: [3]\n")
     config = load_config(DecodeConfig, tmp_path / "d.yaml", ["--remasking=margin"])
     assert config == DecodeConfig(max_new_tokens=16, threshold=0.9, eos_token_id=[3], remasking="margin")
+
+
+def test_the_settings_of_the_page_on_decoding_are_settings() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
+    found = [yaml.safe_load(f"{{{text}}}") for text in re.findall(r"`([a-z_]+: [^`]+)`", page)]
+    assert len(found) == 9
+    for options in found:
+        decode_config({"block_length": 32, **options})
+    names = set(re.findall(r"`([a-z]+_[a-z_]+)", page)) - {"generation_config", "num_forwards"}
+    assert not names - vars(DecodeConfig()).keys()
