@@ -15,6 +15,7 @@ from dmllm.samplers.denoise import denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.rules import choose, entropy_bound, factor, low_confidence
 from dmllm.types import Step
+from tests.families.recorded import Recorded
 from tests.samplers.table import NoiseModel, TableModel, chi_square, generators, quantile
 
 SETTINGS: list[dict[str, Any]] = [
@@ -112,6 +113,27 @@ def test_a_factor_takes_the_most_tokens_that_are_sure_for_their_number(seed: int
         assert int(taken.sum()) == most
         assert sorted((1 - seen.against[row, taken]).tolist(), reverse=True) == probs[:most]
         assert not (taken & ~asked[row]).any()
+
+
+# Fast-dLLM's generate() on the logits of the recorded LLaDA: block_length, factor, calls, tokens.
+FACTORS = [
+    (16, 0.5, 15, [145, 165, 23, 23, 123, 58, 14, 123, 123, 23, 58, 4, 5, 4, 58, 5]),
+    (8, 1.0, 14, [165, 165, 165, 165, 166, 166, 166, 165, 171, 171, 42, 166, 108, 166, 171, 141]),
+    (16, 1.5, 14, [165, 154, 154, 23, 4, 154, 154, 83, 167, 23, 58, 4, 58, 23, 16, 100]),
+    (8, 2.0, 12, [165, 165, 165, 23, 166, 165, 108, 165, 171, 171, 166, 166, 166, 171, 171, 171]),
+    (16, 2.5, 7, [165, 154, 154, 23, 36, 165, 154, 165, 154, 23, 7, 4, 58, 83, 23, 23]),
+    (16, 4.0, 4, [165, 165, 154, 23, 36, 165, 154, 165, 171, 23, 4, 4, 58, 23, 171, 171]),
+]
+
+
+def test_a_factor_takes_the_calls_and_tokens_of_its_authors_code() -> None:
+    recorded = Recorded("llada")
+    pipe, prompt = recorded.load(), recorded.inputs["p1"]
+    for block_length, scale, calls, tokens in FACTORS:
+        options = {"max_new_tokens": 16, "block_length": block_length, "eos_token_id": [], "count_mask": True}
+        out = pipe.generate(prompt, factor=scale, **options)
+        assert out.sequences[0, prompt.shape[1] :].tolist() == tokens
+        assert int(out.num_forwards) == calls
 
 
 @settings(max_examples=60, deadline=None)
