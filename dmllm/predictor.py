@@ -82,10 +82,10 @@ def prepare(
     given = {"cached": cached, "masked": mask_id if scale else None, "workspaces": workspaces}
     stream = stream_of(model, prompts, canvas.ids.shape[1], kind, **given)
     if policy is not None:
-        return _approximate(stream, prompts, config, policy), canvas, config
+        return _approximate(stream, prompts, config, policy, draft is not None), canvas, config
     if trained is not None:
         alone = (config.sub_block_length or config.block_length) if config.sub_block_cache else None
-        return BlockPredictor(stream, canvas, cfg_scale=scale, sub_block_length=alone), canvas, config
+        return BlockPredictor(stream, canvas, cfg_scale=scale, sub_block_length=alone, behind=first), canvas, config
     opened = {"block_length": config.block_of(length), "blocks_ahead": config.blocks_ahead}
     predict = WholePredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft, **opened)
     if first:
@@ -139,8 +139,10 @@ def _caches(model: Any, prompts: Batch, kind: str, use_cache: bool | None, polic
     return not changes and prompts.input_ids.shape[1] > 0
 
 
-def _approximate(stream: Stream, prompts: Batch, config: DecodeConfig, policy: CachePolicy) -> ApproximatePredictor:
-    """Where all rows take as many calls for each block, the predictor is told how many."""
+def _approximate(
+    stream: Stream, prompts: Batch, config: DecodeConfig, policy: CachePolicy, given: bool
+) -> ApproximatePredictor:
+    """Where all rows take as many calls for each block, as none does with a draft `given`, the predictor is told."""
     length, device = stream.length, stream.lengths.device
     images = F.pad(prompts.image_slots.to(device) != TEXT, (0, length)).repeat(stream.copies, 1)
     return ApproximatePredictor(
@@ -150,6 +152,7 @@ def _approximate(stream: Stream, prompts: Batch, config: DecodeConfig, policy: C
         images,
         cfg_scale=config.cfg_scale,
         cfg_masks_draft=config.cfg_masks_draft,
+        period=None if given else config.calls_per_block(length),
     )
 
 

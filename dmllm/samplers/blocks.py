@@ -58,11 +58,21 @@ class BlockPredictor:
         canvas: the one that will be filled.
         cfg_scale: guidance, 0 for none.
         sub_block_length: feed only so much of the active block where that was fed and the rest is stored; not exact.
+        behind: whether the place behind the active block is asked for too.
     """
 
-    def __init__(self, stream: Stream, canvas: Canvas, *, cfg_scale: float = 0.0, sub_block_length: int | None = None):
+    def __init__(
+        self,
+        stream: Stream,
+        canvas: Canvas,
+        *,
+        cfg_scale: float = 0.0,
+        sub_block_length: int | None = None,
+        behind: bool = False,
+    ):
         assert canvas.block_length is not None
         self.stream, self.block_length, self.cfg_scale = stream, canvas.block_length, cfg_scale
+        self._behind = behind
         self._ids = canvas.ids.repeat(stream.copies, 1)  # of the canvas, as they were fed last
         self._stored = torch.zeros_like(stream.lengths)  # blocks
         self._sub_block_length = sub_block_length if stream.cache is not None else None
@@ -96,7 +106,11 @@ class BlockPredictor:
             end = torch.where(alone, sub_block + self._sub_block_length, end).minimum(end)
             self._begun = block
         asked = rows.repeat(twice, 1) + lengths[:, None]
-        width = 2 * self.block_length + 1 if self.stream.cache is not None else self.stream.given + self.stream.length
+        width = (
+            2 * self.block_length + self._behind
+            if self.stream.cache is not None
+            else self.stream.given + self.stream.length
+        )
         window = self.stream.run(start, torch.cat([end[:, None], asked + 1], 1).amax(1), width)
         logits = self.stream.feed(ids, *window, asked, canvas.time.repeat(twice))
         self._stored = block + complete if self.stream.cache is not None else self._stored

@@ -239,6 +239,17 @@ class DecodeConfig:
             )
         return self.steps // blocks
 
+    def calls_per_block(self, length: int) -> int | None:
+        """How many calls every block of an open canvas takes; None where that depends on what the model says."""
+        block = self.block_of(length)
+        own, rules = DecodeConfig(), ("threshold", "factor", "entropy_bound", "remdm", "revoke_threshold")
+        rules += ("editing_threshold", "constraint", "choices", "blocks_ahead", "early_exit_thresholds")
+        if any(getattr(self, name) != getattr(own, name) for name in rules) or self.schedule != "even" or length % block or self.choose_mask:
+            return None
+        if self.num_to_transfer is not None:
+            return -(-block // self.num_to_transfer)
+        return min(self.steps_per_block(length), block) if self.fill_behind_eos else None
+
     def in_whole_blocks(self, block_length: int) -> DecodeConfig:
         """These settings for a block-causal model: blocks of `block_length` unless said, and calls counted by block."""
         own = replace(self, block_length=self.block_length or block_length)
