@@ -244,7 +244,9 @@ class DecodeConfig:
         block = self.block_of(length)
         own, rules = DecodeConfig(), ("threshold", "factor", "entropy_bound", "remdm", "revoke_threshold")
         rules += ("editing_threshold", "constraint", "choices", "blocks_ahead", "early_exit_thresholds")
-        if any(getattr(self, name) != getattr(own, name) for name in rules) or self.schedule != "even" or length % block or self.choose_mask:
+        if any(getattr(self, name) != getattr(own, name) for name in rules) or self.choose_mask:
+            return None
+        if self.schedule != "even" or length % block:
             return None
         if self.num_to_transfer is not None:
             return -(-block // self.num_to_transfer)
