@@ -55,6 +55,8 @@ class Heard:
 
     def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Where the positions `rows` [B, K] stand in these logits, counted over [B * K], and which of them do."""
+        if not self.rows.shape[1]:  # a call that asked for nothing
+            return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         same = self.rows[:, None, :] == rows[:, :, None]
         of_row = torch.arange(len(rows), device=rows.device)[:, None] * self.rows.shape[1]
         return of_row + same.long().argmax(-1), same.any(-1)
@@ -79,22 +81,24 @@ def estimate(
     """
     flat, shape = logits.flatten(0, 1), logits.shape[:2]
     at_once = max(READ.get(logits.device.type, READ["cuda"]) // logits.shape[-1], 1)
-    width = -(-logits.shape[-1] // GROUP) * GROUP
-    buffers = torch.full((2, min(at_once, max(len(flat), 1)), width), -torch.inf, device=logits.device)
+    width = logits.shape[-1] if logits.is_cuda else -(-logits.shape[-1] // GROUP) * GROUP
+    buffers = torch.empty(2, min(at_once, max(len(flat), 1)), width, device=logits.device)
+    buffers[0, :, logits.shape[-1] :] = -torch.inf
     numbers = None if uniform is None else uniform.flatten()
     place, met = (x.flatten() for x in heard.places(rows)) if heard is not None and rows is not None else (None, None)
+    unknown = torch.full((len(flat),), torch.inf, device=logits.device)
     parts = []
     for start in range(0, max(len(flat), 1), at_once):
         part = slice(start, start + at_once)
-        now = flat[part]
-        change = now.new_full((len(now),), torch.inf, dtype=torch.float32)
+        now, change = flat[part], unknown[part]
         if heard is not None and place is not None and met is not None:
             before = heard.logits.flatten(0, 1)[place[part]]
             change = torch.where(met[part], _divergence(now, before, mask_id, config), change)
         drawn = None if numbers is None else numbers[part]
         token = None if given is None else given.flatten()[part]
         parts.append((*_read(now, buffers[:, : len(now)], mask_id, config, drawn, token), change))
-    return Estimate(*(torch.cat(column).view(shape) for column in zip(*parts, strict=True)))
+    whole = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Estimate(*(column.view(shape) for column in whole))
 
 
 def _read(
@@ -107,7 +111,7 @@ def _read(
 ) -> tuple[Tensor, ...]:
     """The fields of an Estimate but the last, each [C], of logits [C, V]; two float32 `buffers` [2, C, V and more]."""
     padded, probs = buffers
-    scores, mask = padded[:, : logits.shape[1]], logits[:, mask_id].float()
+    scores = padded[:, : logits.shape[1]]
     scores.copy_(logits)
     _forbid(scores, mask_id, config)
     highest, top = _greatest(padded)
@@ -121,11 +125,11 @@ def _read(
             scores[:, token] = -torch.inf
         highest, top = _greatest(padded)
     if config.count_mask:
-        scores[:, mask_id] = mask.minimum(highest + MOST)
+        scores[:, mask_id] = logits[:, mask_id].float().minimum(highest + MOST)
     torch.softmax(padded, -1, out=probs)
-    first = probs.gather(-1, top[:, None])  # at least exp(-MOST) / V
-    chosen = (probs.gather(-1, tokens[:, None]) / first).squeeze(-1)
-    others = (probs.scatter_(-1, top[:, None], 0.0).sum(-1, keepdim=True) / first).squeeze(-1)
+    first = probs.gather(-1, top[:, None]).squeeze(-1)  # at least exp(-MOST) / V
+    chosen = torch.ones_like(first) if tokens is top else probs.gather(-1, tokens[:, None]).squeeze(-1) / first
+    others = probs.scatter_(-1, top[:, None], 0.0).sum(-1) / first
     runner_up = entropy = torch.zeros_like(highest)
     if config.reads_runner_up or config.reads_entropy:
         scores.scatter_(-1, top[:, None], -torch.inf)
@@ -133,7 +137,7 @@ def _read(
         runner_up = (scores.amax(-1) - highest).clamp_(min=LEAST)
     if config.reads_entropy:  # no term of the sum is above 0
         scores.sub_(highest[:, None]).clamp_(min=LEAST)
-        inside = scores.mul_(probs[:, : logits.shape[1]]).sum(-1) / first.squeeze(-1)
+        inside = scores.mul_(probs[:, : logits.shape[1]]).sum(-1) / first
         entropy = others.log1p() - inside / (1 + others)
     return tokens, top, chosen, others, runner_up, entropy
 
@@ -141,8 +145,10 @@ def _read(
 def _greatest(padded: Tensor) -> tuple[Tensor, Tensor]:
     """The greatest of each row of scores [C, n * GROUP], and where it first stands.
 
-    In two looks, each at few: without a place to remember, a maximum is found ten times as fast.
+    In two looks, each at few: without a place to remember, a CPU finds a maximum ten times as fast.
     """
+    if padded.is_cuda:
+        return padded.max(-1)
     groups = padded.view(len(padded), padded.shape[1] // GROUP, GROUP)
     highest, group = groups.amax(-1).max(-1)
     inside = groups.gather(1, group[:, None, None].expand(-1, 1, GROUP)).squeeze(1).max(-1).indices
