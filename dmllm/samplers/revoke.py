@@ -4,8 +4,8 @@ Two ways. In the diffusion process run backwards a known token may be masked aga
 probability sigma, if as many more are committed: what is known at each time is then distributed as without it (ReMDM).
 Or a token is judged by what the others say of it, and goes where that is little (WINO).
 
-Sources: Wang et al., ReMDM, arXiv:2503.00307, section 4 (code kuleshov-group/remdm, diffusion.py; alpha = 1 - t);
-Hong et al., WINO, arXiv:2507.18578, section 3 (code Feng-Hong/WINO-DLLM). WINO judges in the same call, by a second
+Sources: Wang et al., ReMDM, arXiv:2503.00307 (code kuleshov-group/remdm, diffusion.py; alpha = 1 - t);
+Hong et al., WINO, arXiv:2507.18578 (code Feng-Hong/WINO-DLLM). WINO judges in the same call, by a second
 block of masks each of which sees all but its own token. Here it is a second call, in which every other token of the
 block is hidden, the odd ones and the even ones in turn: any model can be asked that, and what was committed together
 is judged by its other half.

@@ -53,6 +53,9 @@ def accepted(
 ) -> Tensor | None:
     """Which positions are sure enough to be committed beyond a quota, [B, K] bool; None where nothing is.
 
+    That what is probable must also be stable is KLASS, Kim et al., arXiv:2511.05664 (code shkim0116/KLASS), here with
+    changes between the calls on one block: its first call has nothing to compare with.
+
     Args:
         doubt: [B, K], of the order in which positions are committed.
         stable: [B, K] int64, for how many calls up to now the prediction has hardly changed.
@@ -91,8 +94,8 @@ def factor(seen: Estimate, asked: Tensor, scale: float) -> Tensor:
 def entropy_bound(seen: Estimate, doubt: Tensor, asked: Tensor, bound: float) -> Tensor:
     """The first positions in the order of `doubt` whose entropies without the largest sum to at most `bound` nats.
 
-    The sum is a bound on how much the chosen positions say about each other: 0 commits together what is independent.
-    Source: Ben-Hamu et al., EB-Sampler, arXiv:2505.24857, section 4, algorithm 1.
+    The sum is a bound on how much the chosen positions say about each other, so that 0 is exact.
+    Source: Ben-Hamu et al., EB-Sampler, arXiv:2505.24857; with the order of entropies it is DiffusionGemma's.
     """
     order = doubt.masked_fill(~asked, torch.inf).argsort(dim=-1, stable=True)
     entropies = seen.entropy.masked_fill(~asked, MUCH).gather(-1, order)
@@ -104,7 +107,7 @@ def early_exit(seen: Estimate, asked: Tensor, progress: Tensor, gaps: Sequence[f
     """All that is asked for, or nothing: whether the most probable tokens are far enough ahead of the next, on average.
 
     Far enough is, in logits, what `gaps` says of the first, second and last third of the calls.
-    Source: Li et al., Prophet, arXiv:2508.19982, section 4; code pixeli99/Prophet (generate_earlyexit.py), which looks
+    Source: Li et al., Prophet, arXiv:2508.19982; code pixeli99/Prophet (generate_earlyexit.py), which looks
     at five places where the answer is expected to stand.
     """
     mean = (-seen.runner_up * asked).sum(-1) / asked.sum(-1).clamp(min=1)
