@@ -155,7 +155,7 @@ def _tree(words: list[bytes]) -> list[_Level]:
     flat = b"".join(words[at].ljust(width, b"\0") for at in order)
     letters = np.frombuffer(flat, dtype=np.uint8).reshape(len(words), width)
     same = np.ones(max(len(words) - 1, 0), dtype=bool)  # as the word before, so far
-    levels, beginning, count = [], np.zeros(len(words), dtype=np.int64), min(1, len(words))
+    levels, beginning, count = [], np.zeros(len(words), dtype=np.int64), 1
     byte = np.zeros(count, dtype=np.uint8)
     for length in range(width + 1):
         done, on = lengths == length, lengths > length

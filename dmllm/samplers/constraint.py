@@ -101,8 +101,8 @@ class Constraint:
             known = canvas.ids[own].gather(1, rows[own])
             tokens[own] = torch.where(canvas.committed[own].gather(1, rows[own]), known, -1)  # is not to be edited
             own = own[asked[own].any(1)]
-            at_once = max(AT_ONCE // (rows.shape[1] * len(automaton.live)), 1)
-            for part in own.split(at_once):
+            at_once = AT_ONCE // (max(rows.shape[1], 1) * len(automaton.live))
+            for part in own.split(max(at_once, 1)) if len(own) else []:
                 chain = _Chain(automaton, canvas, part, rows[part], asked[part], self.length)
                 found = _decode(chain, config, logits[part], uniform[part], None if greedy is None else greedy[part])
                 inside = asked[part]
