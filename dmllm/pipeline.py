@@ -9,7 +9,7 @@ in float32 (to rounding in the model), also when tokens are drawn, since every r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,34 +19,17 @@ from dmllm.checkpoints import folder
 from dmllm.checkpoints.card import describe
 from dmllm.constraints import Constraints
 from dmllm.data.collate import collate
+from dmllm.infilling import conversations_of, infill
+from dmllm.logits import aligned_logits
 from dmllm.nn.graphs import Workspaces
-from dmllm.nn.rope import places
-from dmllm.nn.visibility import check_layout, layout
-from dmllm.predictor import decode, encode_distinct, likelihoods, prepare
-from dmllm.requests import Asked, Seeds, row_generators, rows_of_ids, split_requests
+from dmllm.predictor import decode, likelihoods, prepare
+from dmllm.replies import Generated, Reply
+from dmllm.requests import Asked, Seeds, prompts_of, row_generators, rows_of_ids, split_requests
 from dmllm.samplers.canvas import reply_length
 from dmllm.samplers.config import DecodeConfig, decode_config
+from dmllm.scoring import rank
 from dmllm.tiling import TilingConfig
 from dmllm.types import Batch, Example, SpecialTokens, Step
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer."""
-
-    text: str
-    ids: list[int]  # up to the end of sequence, which is not among them
-    num_forwards: int  # model calls until this answer was finished
-    finish_reason: str  # "stop": an end of sequence was found; "length": the canvas is full
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What `generate` returns for P columns of input_ids and N = max_new_tokens."""
-
-    sequences: Tensor  # [B, P + N]: input_ids as given, then the answer; pad tokens after its end of sequence
-    num_forwards: Tensor  # [B] model calls until each row was finished
-    trajectory: list[Step]  # the canvas after every model call
 
 
 def load(
@@ -193,7 +176,6 @@ class Pipeline:
             streamer.end()
         return Generated(torch.cat([ids.to(answers.device), answers], 1), last.num_forwards, trajectory)
 
-    @torch.no_grad()
     def logits(
         self,
         input_ids: Any,
@@ -218,42 +200,9 @@ class Pipeline:
         Raises:
             ValueError: as `generate`; or an unknown visibility, or feedback for a model that takes none.
         """
-        if feedback is not None and not getattr(self.model, "takes_feedback", False):
-            raise ValueError("This model is not conditioned on its own logits; leave feedback out.")
-        if visibility is not None and hasattr(self.model, "denoise"):
-            raise ValueError("visibility= is not for a model that transformers computes in its own way; leave it out.")
         ids, asked = self._asked(input_ids, attention_mask, images)
-        batch = self._collate([a.example for a in asked])
-        features = encode_distinct(self.model, batch)
-        columns = torch.zeros_like(batch.input_ids)
-        for row, own in enumerate(asked):
-            columns[row, : len(own.columns)] = own.columns
-        batch, device = batch.to(self.device), self.device
-
-        def spread(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            if values.ndim == 3:
-                return values.cpu().gather(1, columns[..., None].expand(-1, -1, values.shape[-1])).to(device)
-            return (values.cpu().gather(1, columns) if values.ndim == 2 else values).to(device)
-
-        rule, noised = None, spread(canvas)
-        if visibility is not None:
-            check_layout(visibility)
-            noised = batch.documents >= 0 if noised is None else noised
-            rule = layout(visibility, documents=batch.documents, canvas=noised, positions=places(batch.positions))
-        found = self.model(
-            input_ids=batch.input_ids,
-            image_slots=batch.image_slots,
-            image_features=features,
-            documents=batch.documents,
-            positions=batch.positions,
-            canvas=noised,
-            visibility=rule,
-            time=spread(time),
-            rows=torch.stack([own.rows for own in asked]).to(device),
-            **({} if feedback is None else {"feedback": spread(feedback)}),
-        ).logits
+        batch = self._collate([own.example for own in asked])
+        found = aligned_logits(self.model, asked, batch, time, canvas, visibility, feedback)
         assert found.shape[:2] == ids.shape
         return found
 
@@ -298,6 +247,69 @@ class Pipeline:
             use_cache=use_cache,
         )
 
+    def infill(
+        self,
+        text: Any,
+        messages: Any = None,
+        images: Any = None,
+        *,
+        num_samples: int = 32,
+        batch_size: int = 16,
+        generator: Seeds = None,
+        use_cache: bool | None = None,
+        **decode: Any,
+    ) -> Any:
+        """Fill the holes of a text together (an `Infilled`), or of each text of a list (a list of `Infilled`).
+
+        Args:
+            text: [MASK] is a hole of one token, [MASK:4] of four, [MASK:1..3] of one to three: of all choices the one
+                whose whole text is the most probable (`infilling`). All else stays as it is, character by character.
+            messages, images: as for `chat`: what the text answers; None is the pictures alone, or nothing at all.
+            num_samples: random views by which texts of several lengths are compared.
+            batch_size: texts, or views, in one model call.
+
+        Raises:
+            ValueError: there is no hole, or one that is not understood; too many choices of lengths; the tokenizer
+                does not give the fixed text back; or the model does not see what stands behind a hole.
+        """
+        self._processor()
+        texts, conversations, single = conversations_of(text, messages, images)
+        options = {"collate": self._collate, "num_samples": num_samples, "batch_size": batch_size}
+        found = infill(self, texts, conversations, decode, generator, use_cache=use_cache, **options)
+        return found[0] if single else found
+
+    def rank(
+        self,
+        messages: Any,
+        answers: Sequence[Any],
+        images: Any = None,
+        *,
+        by: str = "log_prob",
+        num_samples: int = 128,
+        cfg_scale: float = 0.0,
+        batch_size: int = 16,
+        generator: Seeds = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        """The answers to a question, the most probable first (a list of `Scored`), or to each of a list of questions.
+
+        Args:
+            messages, images: as for `chat`.
+            answers: texts; for a list of questions a list of texts for each.
+            by: log_prob, the sum over an answer, which compares answers as events; or per_token, its mean.
+            num_samples: random views of each answer, the same ones of all answers to a question.
+            cfg_scale, batch_size: as for `score`.
+
+        Raises:
+            ValueError: as `chat`; or an answer that is empty, or an unknown `by`.
+        """
+        requests, single = split_requests(messages, images)
+        examples = self._prompts(requests)
+        options = {"num_samples": num_samples, "cfg_scale": cfg_scale, "batch_size": batch_size, "use_cache": use_cache}
+        asked = self, requests, examples, [answers] if single else list(answers), by
+        found = rank(*asked, row_generators(generator, examples), collate=self._collate, **options)
+        return found[0] if single else found
+
     def decode_config(self, **decode: Any) -> DecodeConfig:
         """The settings of one call: `decode` over the checkpoint's defaults. Raises ValueError naming a wrong one."""
         if (own := getattr(self.model, "decode_config", None)) is not None:
@@ -318,13 +330,7 @@ class Pipeline:
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token by itself, special tokens by their names."""
-        tokenizer = self._processor().tokenizer
-        texts = []
-        for token_id in ids:
-            text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            begins_word = str(tokenizer.convert_ids_to_tokens(token_id)).startswith("\u2581")  # sentencepiece's space
-            texts.append(f" {text}" if begins_word and not text.startswith(" ") else text)
-        return texts
+        return self._processor().tokens.texts(ids)
 
     @property
     def device(self) -> torch.device:
@@ -370,13 +376,7 @@ class Pipeline:
         return collate(examples, self.special, rows_per_tile=tiling.rows_per_tile if tiling else 0)
 
     def _prompts(self, requests: list[tuple[Any, list[Any]]]) -> list[Example]:
-        processor, examples = self._processor(), []
-        for number, (conversation, images) in enumerate(requests):
-            try:
-                examples.append(processor.prompt(conversation, images or None))
-            except ValueError as error:
-                raise error if len(requests) == 1 else ValueError(f"request {number}: {error}") from None
-        return examples
+        return prompts_of(self._processor(), requests)
 
     def _asked(self, input_ids: Any, attention_mask: Any, images: Any) -> tuple[Tensor, list[Asked]]:
         ids = torch.as_tensor(input_ids).cpu()

@@ -60,6 +60,17 @@ def _images_of(images: Any) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def prompts_of(processor: Any, requests: list[tuple[Any, list[Any]]]) -> list[Example]:
+    """The requests as rows that end with the generation prompt. Raises ValueError naming the request."""
+    examples = []
+    for number, (conversation, images) in enumerate(requests):
+        try:
+            examples.append(processor.prompt(conversation, images or None))
+        except ValueError as error:
+            raise error if len(requests) == 1 else ValueError(f"request {number}: {error}") from None
+    return examples
+
+
 @dataclass(frozen=True)
 class Asked:
     """One row of ids as an Example whose image tokens are expanded, and how the two lie on each other."""

@@ -26,12 +26,17 @@ LEVELS = {
     "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1,
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
-    "requests": 3, "pipeline": 4, "predictor": 4, "constraints": 4, "animation": 4, "auto": 4,
+    "requests": 3, "replies": 3, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4, "pipeline": 4,
+    "constraints": 4, "animation": 4, "auto": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
 }  # fmt: skip
-SIBLINGS = {("config", "registry"), ("checkpoints", "families"), ("pipeline", "predictor"), ("pipeline", "constraints")}
+SIBLINGS = {
+    ("config", "registry"), ("checkpoints", "families"), ("logits", "predictor"), ("scoring", "predictor"),
+    ("infilling", "predictor"), ("infilling", "scoring"),
+    *(("pipeline", part) for part in ("predictor", "constraints", "logits", "scoring", "infilling")),
+}  # fmt: skip
 OPTIONAL = {
     "timm", "open_clip", "torchvision", "matplotlib", "sklearn", "pycocoevalcap", "datasets", "wandb", "trackio",
     "tensorboard", "transformers", "outlines_core",

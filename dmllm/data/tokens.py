@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from dmllm.types import Message, Part, SpecialTokens
 
 CACHED_TEXTS = 65536  # ids of recent short texts; questions repeat
 CACHED_CHARACTERS = 512
 PLACEHOLDER = "<image>"  # the text of an image token that the vocabulary does not have (LLaVA, arXiv:2304.08485)
+
+ANY, WORD, SPACE = 0, 1, 2  # kinds of tokens: any text, a word with its space before it, such a word or the space
+SPACES = ("\u0120", "\u2581", " ")  # how vocabularies write the space that begins a word
 
 
 class Tokens:
@@ -53,6 +59,39 @@ class Tokens:
         if text is None:
             raise ValueError(f"The tokenizer has no token {token_id}; it knows {len(self.tokenizer)} tokens.")
         return text
+
+    @cached_property
+    def kinds(self) -> Tensor:
+        """Which tokens are of each kind, [3, tokens] bool; special and added ones are of none."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        texts = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        texts = ["" if i in special else text or "" for i, text in enumerate(texts)]
+        begins = [text.startswith(SPACES) for text in texts]
+        words = [b and text[1:].strip("".join(SPACES)) == text[1:] != "" for b, text in zip(begins, texts, strict=True)]
+        spaces = [word or text in SPACES for word, text in zip(words, texts, strict=True)]
+        return torch.tensor([[bool(text) for text in texts], words, spaces])
+
+    @cached_property
+    def has_words(self) -> bool:
+        """Whether the vocabulary has words with the space before them, and they read so."""
+        texts = self.tokenizer.convert_ids_to_tokens(self.kinds[WORD].nonzero().flatten().tolist())
+        word = next((text for text in texts if text.isascii() or text[1:].isascii()), None)
+        if word is None:
+            return False
+        token = self.tokenizer.convert_tokens_to_ids(word)
+        return self._read([token, token]).endswith(f"{word[1:]} {word[1:]}")
+
+    def _read(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself, special tokens by their names."""
+        texts = []
+        for token_id in ids:
+            text = self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            begins_word = str(self.tokenizer.convert_ids_to_tokens(token_id)).startswith("\u2581")  # sentencepiece's
+            texts.append(f" {text}" if begins_word and not text.startswith(" ") else text)
+        return texts
 
     def _framed(self, ids: list[int]) -> list[int]:
         """With the two ids that surround an image, where there are."""
