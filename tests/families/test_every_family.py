@@ -86,6 +86,26 @@ def test_a_row_of_a_batch_is_answered_as_it_is_alone(pipeline, left):
         torch.testing.assert_close(of_row, pipeline.logits([row], images=own)[0], atol=2e-5, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("visibility", [None, "prefix", "block:4"])
+def test_what_is_kept_where_that_is_exact_changes_no_token(pipeline, visibility):
+    """Mixed lengths and numbers of pictures; with the family's own visibility and with others."""
+    if hasattr(pipeline.model, "denoise"):
+        pytest.skip("transformers' own class keeps what it keeps")
+    if pipeline.model.config.backbone.get("time_conditioning"):
+        pytest.skip("keys and values change with the time")
+    rows, pictures = requests(pipeline)
+    ids, mask = padded(rows, pipeline.special.pad, left=False)
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": [], "visibility": visibility}
+    if "steps" in pipeline.generation:
+        options["steps"] = 6
+    kept, plain = (
+        pipeline.generate(ids, mask, pictures, generator=0, use_cache=use_cache, store_calls=False, **options)
+        for use_cache in (None, False)
+    )
+    assert torch.equal(kept.sequences, plain.sequences)
+    assert torch.equal(kept.num_forwards, plain.num_forwards)
+
+
 def seen_from(pipeline: Any, changed: int, visibility: str) -> list[bool]:
     """Which of twelve positions' logits feel the token at one of them."""
     ids = torch.arange(10, 22)[None]
