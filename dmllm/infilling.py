@@ -111,7 +111,7 @@ def conversations_of(text: Any, messages: Any, images: Any) -> tuple[list[str], 
         ValueError: no text; or other numbers of conversations or images than of texts.
     """
     single = isinstance(text, str)
-    texts = [text] if single else list(text)
+    texts = list(text) if isinstance(text, list | tuple) else [text]
     if not all(isinstance(one, str) for one in texts):
         raise ValueError("A text with holes is a string, or a list of them for a batch.")
     given = [messages] if single else [None] * len(texts) if messages is None else list(messages)
