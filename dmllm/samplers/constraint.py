@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class _Chain:
     def free(self) -> Tensor:
         return ~self.known & (self.slot < 0)
 
-    def _edges(self, scores: Tensor | None, place: int) -> Tensor:
+    def edges(self, scores: Tensor | None, place: int) -> Tensor:
         """The weights [B, E] of a place's edges; `scores` [B, K, E] are those of what is asked for."""
         a, classes = self.automaton, self.classes[:, place]
         follows = a.table.T[classes][:, a.source] == a.target  # what a known token allows
@@ -170,7 +171,7 @@ class _Chain:
         """[B, W + 1, S]: the weight of all, or the best, that can follow each state at each place."""
         a, messages = self.automaton, [self.after.expand(len(self.known), -1)]
         for place in reversed(range(self.known.shape[1])):
-            weights = self._edges(scores, place) + messages[-1][:, a.target]
+            weights = self.edges(scores, place) + messages[-1][:, a.target]
             messages.append(self._gathered(weights, a.source, place, best))
         return torch.stack(messages[::-1], 1)
 
@@ -180,7 +181,7 @@ class _Chain:
         start = torch.arange(len(a), device=self.state.device) == self.state[:, None]
         messages = [torch.where(start, 0.0, -torch.inf).double()]
         for place in range(self.known.shape[1]):
-            weights = self._edges(scores, place) + messages[-1][:, a.source]
+            weights = self.edges(scores, place) + messages[-1][:, a.source]
             messages.append(self._gathered(weights, a.target, place, best=False))
         return torch.stack(messages, 1)
 
@@ -190,19 +191,23 @@ def _decode(chain: _Chain, config: DecodeConfig, logits: Tensor, uniform: Tensor
     banned = torch.isin(a.live, torch.tensor(config.suppress_ids, dtype=a.live.dtype, device=a.live.device))
     weights = logits[..., a.live].masked_fill_(banned, -torch.inf)  # [B, K, T]
     weights = (weights - weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).min)).clamp_(min=NEVER)
-    posterior, possible = _posterior(chain, weights)
+    scores = _scores(a, weights)
+    posterior, certain = _posterior(chain, weights, scores)
     spread = torch.full_like(logits, NEVER)
     spread[..., a.live] = posterior.to(logits.dtype)
     if not config.draws_tokens or greedy is not None:
-        tokens = _best(chain, weights)
+        tokens = _best(chain, weights, scores)
     if config.draws_tokens:
-        weights = weights / config.temperature
+        if config.temperature != 1:
+            weights = weights / config.temperature
+            scores = _scores(a, weights)
         if config.top_p < 1:
-            inside = _nucleus(_posterior(chain, weights)[0], config.top_p)
+            inside = _nucleus(_posterior(chain, weights, scores)[0], config.top_p)
             weights = torch.where(inside, weights, weights + OUTSIDE)
-        drawn = _drawn(chain, weights, uniform)
+            scores = _scores(a, weights)
+        drawn = _drawn(chain, weights, scores, uniform)
         tokens = drawn if greedy is None else torch.where(greedy[:, None], tokens, drawn)
-    return Guided(spread, tokens, possible)
+    return Guided(spread, tokens, certain)
 
 
 def _by(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -214,23 +219,29 @@ def _by(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return level + total.log(), most
 
 
-def _of_edges(a: TokenAutomaton, weights: Tensor, *, best: bool = False) -> tuple[Tensor, Tensor]:
-    """From weights of tokens [B, K, T] those of classes [B, K, C] and of edges [B, K, E]: of all, or the best."""
-    which = 1 if best else 0
-    of_class = _by(weights, a.classes[a.live], a.table.shape[1])[which].double()
-    return of_class, _by(of_class[..., a.pair_class], a.pair_edge, len(a.source))[which]
+class _Scores(NamedTuple):
+    """Of what is asked for, from the weights of its tokens: `total` of all, and `best`."""
+
+    of_class: Tensor  # [B, K, C] total
+    total: Tensor  # [B, K, E]
+    best: Tensor  # [B, K, E]
 
 
-def _posterior(chain: _Chain, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(a: TokenAutomaton, weights: Tensor) -> _Scores:
+    total, best = (found.double() for found in _by(weights, a.classes[a.live], a.table.shape[1]))
+    of_edges = [_by(found[..., a.pair_class], a.pair_edge, len(a.source)) for found in (total, best)]
+    return _Scores(total, of_edges[0][0], of_edges[1][1])
+
+
+def _posterior(chain: _Chain, weights: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
     """log p(token | the text matches) of the tokens [B, K, T]; and where there is nothing to choose, [B, K] bool."""
     a = chain.automaton
-    of_class, scores = _of_edges(a, weights)
-    into, out_of = chain.forward(scores), chain.backward(scores)
+    into, out_of = chain.forward(scores.total), chain.backward(scores.total)
     place = chain.place[..., None].expand(-1, -1, len(a))
     into, behind = into.gather(1, place), out_of.gather(1, place + 1)
     edges = (into[..., a.source] + behind[..., a.target])[..., a.pair_edge]
     around = _by(edges, a.pair_class, a.table.shape[1])[0]  # [B, K, C]
-    whole = (around + of_class).logsumexp(-1, keepdim=True)
+    whole = (around + scores.of_class).logsumexp(-1, keepdim=True)
     posterior = weights + (around - whole)[..., a.classes[a.live]]
     size = torch.bincount(a.classes, minlength=a.table.shape[1])
     ways = ((around > -torch.inf) * size).sum(-1)
@@ -238,13 +249,12 @@ def _posterior(chain: _Chain, weights: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.clamp(min=NEVER), (ways == 1) | (before == -torch.inf).all(-1)
 
 
-def _best(chain: _Chain, weights: Tensor) -> Tensor:
+def _best(chain: _Chain, weights: Tensor, scores: _Scores) -> Tensor:
     """The tokens [B, K] of the most probable text."""
     a = chain.automaton
-    scores = _of_edges(a, weights, best=True)[1]
-    messages, state, path = chain.backward(scores, best=True), chain.state, [chain.state]
+    messages, state, path = chain.backward(scores.best, best=True), chain.state, [chain.state]
     for place in range(chain.known.shape[1]):
-        ahead = chain._edges(scores, place) + messages[:, place + 1][:, a.target]
+        ahead = chain.edges(scores.best, place) + messages[:, place + 1][:, a.target]
         edge = ahead.masked_fill(a.source != state[:, None], -torch.inf).argmax(1)
         state = a.target[edge]
         path.append(state)
@@ -254,11 +264,10 @@ def _best(chain: _Chain, weights: Tensor) -> Tensor:
     return a.live[weights.masked_fill(~fits, -torch.inf).argmax(-1)]
 
 
-def _drawn(chain: _Chain, weights: Tensor, uniform: Tensor) -> Tensor:
+def _drawn(chain: _Chain, weights: Tensor, scores: _Scores, uniform: Tensor) -> Tensor:
     """Tokens [B, K] of a text drawn from the posterior, each by one number of `uniform` [B, K]."""
     a, rows = chain.automaton, torch.arange(len(weights), device=weights.device)
-    scores = _of_edges(a, weights)[1]
-    messages, state = chain.backward(scores), chain.state
+    messages, state = chain.backward(scores.total), chain.state
     tokens = torch.zeros_like(chain.place)
     for place in range(chain.known.shape[1]):
         slot, ahead = chain.slot[:, place], messages[:, place + 1]

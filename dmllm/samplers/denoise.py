@@ -99,8 +99,10 @@ def advance(
         stable = torch.where(seen.change < config.kl_threshold, canvas.stable.gather(1, rows) + 1, 0)
         heard = Heard(rows, logits.clone())  # the model may write its next ones over them
         canvas = replace(canvas, stable=canvas.stable.scatter(1, rows, stable), heard=heard)
-    doubtful = asked if guided is None else asked & ~guided.certain
-    left = (left - (asked & ~doubtful).sum(1)).clamp(min=0)
+    doubtful = asked
+    if guided is not None:
+        doubtful = asked & ~guided.certain
+        left = (left - (asked & ~doubtful).sum(1)).clamp(min=0)
     tokens, chosen = _choose(canvas, config, seen, rows, doubtful, left, full, uniform[1], length)
     if guided is not None:
         tokens, chosen = guided.settle(tokens, chosen, asked)
