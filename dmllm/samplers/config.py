@@ -357,6 +357,8 @@ def _check_rules(config: DecodeConfig) -> None:
         raise ValueError(
             f"remdm={config.remdm!r} runs the diffusion process backwards; say schedule='time', remasking='origin'."
         )
+    if config.remdm is not None and (config.constraint is not None or config.choices is not None):
+        raise ValueError(f"remdm={config.remdm!r} masks again what a constraint rests on; leave one of them out.")
     if config.revoke_threshold is not None and all(getattr(config, name) is None for name in SURE):
         raise ValueError(f"revoke_threshold={config.revoke_threshold} goes with a low threshold; say it, e.g. 0.6.")
     _whole("blocks_ahead", config.blocks_ahead, least=0, optional=True)

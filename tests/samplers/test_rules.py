@@ -209,6 +209,10 @@ def test_an_early_exit_takes_all_once_the_gap_is_wide_enough_for_the_stage(gap: 
         ({"early_exit_thresholds": [1.0]}, "must be three numbers, e.g. [7.5, 5.0, 2.5], or []."),
         ({"revoke_threshold": 0.9}, "goes with a low threshold; say it, e.g. 0.6."),
         ({"remdm": "cap"}, "say schedule='time', remasking='origin'."),
+        (
+            {"remdm": "cap", "schedule": "time", "remasking": "origin", "choices": ["a"]},
+            "remdm='cap' masks again what a constraint rests on; leave one of them out.",
+        ),
         ({"remdm": "cab"}, "did you mean cap"),
         ({"eta": 1.5}, "eta=1.5 must lie between 0 (nothing is masked again) and 1."),
         (
