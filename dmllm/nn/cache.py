@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmllm.nn.fused import write
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -141,7 +142,7 @@ class KVCache:
             return kept[:, :, : self._reach]
         assert self._places is not None
         part = kept if self._rows is None else kept[self._rows]
-        part.scatter_(2, self._places[:, None, :, None].expand_as(new), new)
+        write(part, new, self._places)
         if self._rows is not None:
             kept[self._rows] = part
         return part[:, :, : self._reach]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmllm.nn.fused import Packed, project, swiglu
+
 
 class FeedForward(nn.Module):
     """Rows [..., width] -> [..., width] through silu(gate) * up of `inner` features."""
@@ -14,9 +16,14 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
+        self._packed: Packed | None = None
+
+    def pack(self) -> None:
+        """One product in place of two, for decoding."""
+        self._packed = Packed(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(*project(self._packed, x, self.gate_proj, self.up_proj)))
 
 
 class GELUFeedForward(nn.Module):

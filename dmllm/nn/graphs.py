@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmllm.nn.cache import KVCache
+from dmllm.nn.fused import fusing
 
 ROWS = 4096  # rows of the stream in one call; beyond, launching takes no time beside computing
 BUCKET = 128  # places: sizes are rounded up to multiples, so that requests of similar lengths share their buffers
@@ -36,19 +37,20 @@ class Graphed:
             self._capture(inputs)
         for mine, new in zip(self._inputs, inputs, strict=True):
             mine.copy_(new)
-        self._graph.replay()
+        assert self._graph is not None
         assert self._output is not None
+        self._graph.replay()
         return self._output
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
         now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(now)
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), fusing():
             self._function(*self._inputs)  # kernels are chosen and compiled before, not while, they are recorded
         now.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), fusing():
             self._output = self._function(*self._inputs)
 
 
@@ -75,6 +77,9 @@ class Workspaces:
                 del self._idle[number]
                 cache.clear()
                 return cache
+        for module in model.modules():
+            if hasattr(module, "pack") and module._packed is None:
+                module.pack()
         cache = KVCache(size)
         cache.owner = wanted
         return cache

@@ -153,7 +153,7 @@ class DiT(nn.Module):
         `time` [B] or [B, L] in [0, 1] is converted to sigma = -log(1 - (1 - 1e-3) t), the log-linear schedule. Raises
         ValueError without it, if the model is conditioned on time.
         """
-        mask = attention_mask(self.config.attention, visibility, cache, embeds.device)
+        mask = attention_mask(self.config.attention, visibility, cache, embeds)
         condition = self.noise_embedding(self._sigma(embeds, time))  # [B or 1, L or 1, C]
         x = embeds
         if isinstance(mask, Ragged):

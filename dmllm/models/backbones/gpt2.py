@@ -116,7 +116,7 @@ class GPT2Transformer(nn.Module):
         `time` is accepted for models conditioned on it; this one is not. Raises ValueError for a position beyond those
         that have a vector.
         """
-        mask = attention_mask(self.config.attention, visibility, cache, embeds.device)
+        mask = attention_mask(self.config.attention, visibility, cache, embeds)
         positions = places(positions).masked_fill(visibility.document == PADDING, 0)
         self._refuse_beyond(positions, 0 if cache is None else cache.length)
         x = embeds + self.embed_positions(positions).to(embeds.dtype)

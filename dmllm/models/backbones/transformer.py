@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dmllm.nn.cache import KVCache
 from dmllm.nn.feed_forward import FeedForward
+from dmllm.nn.fused import Packed, project, rotate_both
 from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Ragged, ragged
-from dmllm.nn.rope import Stretch, places, rotary_tables, rotate
+from dmllm.nn.rope import Stretch, places, rotary_tables
 from dmllm.nn.unembedding import Unembedding
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
@@ -144,14 +145,20 @@ class Attention(nn.Module):
         norm = config.qk_norm
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if norm else nn.Identity()
+        self._packed: Packed | None = None
+
+    def pack(self) -> None:
+        """One product in place of three, for decoding."""
+        self._packed = Packed(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = project(self._packed, x, self.q_proj, self.k_proj, self.v_proj)
+        q = self.q_norm(q.view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(k.view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = v.view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate_both(q, k, *rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         grouped = self.kv_heads != self.heads
@@ -223,7 +230,7 @@ class Transformer(nn.Module):
         `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
         """
         config = self.config
-        mask = attention_mask(config.attention, visibility, cache, embeds.device)
+        mask = attention_mask(config.attention, visibility, cache, embeds)
         x, positions = embeds, positions if config.mrope_section else places(positions)
         if isinstance(mask, Ragged):
             x = mask.gather(embeds)
@@ -264,23 +271,34 @@ class Transformer(nn.Module):
 
 
 def attention_mask(
-    form: str, visibility: Visibility, cache: KVCache | None, device: torch.device
+    form: str, visibility: Visibility, cache: KVCache | None, embeds: Tensor
 ) -> Tensor | BlockMask | Ragged | None:
-    """The rule in `form`, or in the one that this device computes best; None hides nothing.
+    """The rule for rows `embeds` in `form`, or in the one that their device computes best; None hides nothing.
 
-    Rows with a cache keep to masked forms, made once as long as they are fed in the same places.
+    Rows with a cache keep to masked forms, made once as long as they are fed in the same places; on a GPU what is
+    hidden is minus infinity, into which its kernels would turn a boolean layer by layer.
     """
     if visibility.faint is not None:
         return visibility.biased()
-    if cache is None and (form == "ragged" or (form in ("auto", "eager") and device.type == "cpu")):
+    if cache is None and (form == "ragged" or (form in ("auto", "eager") and embeds.device.type == "cpu")):
         return ragged(visibility, fused=form != "eager")
     if cache is None:
         return visibility.flex() if form == "flex" else visibility.dense()
     if "mask" not in cache.plan:
         keys, own = cache.keys(visibility)
-        mask = visibility.flex(keys, own) if form == "flex" else visibility.dense(keys, own)
-        cache.plan["mask"] = None if device.type == "cpu" and bool(mask.all()) else mask
+        cache.plan["mask"] = _masked(form, visibility, keys, own, embeds)
     return cache.plan["mask"]
+
+
+def _masked(
+    form: str, visibility: Visibility, keys: Visibility, own: Tensor, embeds: Tensor
+) -> Tensor | BlockMask | None:
+    if form == "flex":
+        return visibility.flex(keys, own)
+    seen = visibility.dense(keys, own)
+    if embeds.device.type == "cpu":
+        return None if bool(seen.all()) else seen
+    return torch.zeros(seen.shape, dtype=embeds.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 _flex = torch.compile(flex_attention, dynamic=False)

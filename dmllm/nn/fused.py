@@ -1,0 +1,102 @@
+"""What stands between the matrix products, as single kernels while calls are being captured for a GPU.
+
+A step of decoding reads every weight for a few rows; what is done to the rows takes a kernel each, and a kernel on
+little data takes as long as on much. Elsewhere these are the plain functions that they are written as, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmllm.nn.rope import rotate
+
+_fusing: ContextVar[bool] = ContextVar("fusing", default=False)
+
+
+@contextmanager
+def fusing() -> Iterator[None]:
+    """Within, the functions below are compiled."""
+    token = _fusing.set(True)
+    try:
+        yield
+    finally:
+        _fusing.reset(token)
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled while `fusing`."""
+    compiled = cache(lambda: torch.compile(function, dynamic=True))
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return compiled()(*args) if _fusing.get() else function(*args)
+
+    return call
+
+
+@fused
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, H, L, d] turned by their positions."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+@fused
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rows [..., D] by their root mean square."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@fused
+def write(kept: Tensor, new: Tensor, places: Tensor) -> None:
+    """Writes new [B, H, L, d] into `kept` [B, H, S, d] at places [B, L]."""
+    kept.scatter_(2, places[:, None, :, None].expand_as(new), new)
+
+
+def pack(*layers: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """One weight, and bias, of several layers that read the same rows; the layers' own become parts of it."""
+    weight = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+    biases = [layer.bias for layer in layers]
+    if any(bias is None for bias in biases):
+        return weight, None
+    return weight, torch.cat([bias.data for bias in biases])
+
+
+class Packed:
+    """Several layers that read the same rows as one product, for as long as their weights stay where they were put."""
+
+    def __init__(self, *layers: torch.nn.Linear):
+        self.layers = layers
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight, self.bias = pack(*layers)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layers' weights are still these."""
+        return self.layers[0].weight.data_ptr() == self.weight.data_ptr()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Rows [..., in] -> what each layer makes of them."""
+        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+
+
+def project(packed: Packed | None, x: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of rows x: at once if they are packed and nothing is learned."""
+    if packed is not None and not torch.is_grad_enabled() and packed.holds:
+        return packed(x)
+    return tuple(layer(x) for layer in layers)
