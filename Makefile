@@ -56,7 +56,12 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
+# What benchmarks/README.md says; beside other projects' code with PEERS="--fast-dllm PATH --llada PATH --llada-v PATH".
 bench: setup
+	@$(THREADS) $(BIN)/python -m benchmarks.decode $(PEERS)
+	@$(THREADS) $(BIN)/python -m benchmarks.quality --picture runs/bench/quality.svg
+	@$(THREADS) $(BIN)/python -m benchmarks.memory
+	@$(THREADS) $(BIN)/python -m benchmarks.batch
 	@$(BIN)/python -m dmllm.evaluation.bench
 
 # New pins from the ranges in pyproject.toml: names and versions only.
