@@ -177,7 +177,7 @@ def _fill(
     config = replace(config, max_new_tokens=length)
     draft = torch.tensor([one.laid.ids for one in group])
     kinds = torch.tensor([one.laid.kinds for one in group], device=model.device)
-    predict, canvas, config = prepare(model, prompts, config, mask_id, use_cache, draft)
+    predict, canvas, config = prepare(model, prompts, config, mask_id, use_cache, draft, images=pipeline.images)
     table = pipeline.processor.tokens.kinds.to(model.device)
     *_, last = denoise(_only(predict, table, kinds, mask_id), canvas, config, draws)
     for one, ids, calls in zip(group, last.ids.tolist(), last.num_forwards.tolist(), strict=True):
@@ -209,7 +209,13 @@ def _compare(
     """What the model says of each filled text as a whole."""
     longest, mask_id = max(len(one.ids) for one in mine), pipeline.special.mask
     question = Question(
-        pipeline.model, prompt, longest, mask_id, visibility=visibility, use_cache=use_cache, cfg_scale=0.0
+        pipeline.model,
+        prompt,
+        longest,
+        mask_id,
+        use_cache=use_cache,
+        visibility=visibility,
+        images=pipeline.images,
     )
     for one in mine:
         answer = torch.tensor(one.ids, device=pipeline.model.device)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmllm.encoded import EncodedImages
 from dmllm.nn.rope import places
 from dmllm.nn.visibility import check_layout, layout
-from dmllm.predictor import encode_distinct
 from dmllm.requests import Asked
 from dmllm.types import Batch
 
@@ -23,13 +23,14 @@ def aligned_logits(
     canvas: Tensor | None,
     visibility: str | None,
     feedback: Tensor | None,
+    images: EncodedImages,
 ) -> Tensor:
     """Logits [B, P, V] of the rows `asked` about, which `batch` holds; the rest is as in `Pipeline.logits`."""
     if feedback is not None and not getattr(model, "takes_feedback", False):
         raise ValueError("This model is not conditioned on its own logits; leave feedback out.")
     if visibility is not None and hasattr(model, "denoise"):
         raise ValueError("visibility= is not for a model that transformers computes in its own way; leave it out.")
-    features = encode_distinct(model, batch)
+    features = images(model, batch)
     columns = torch.zeros_like(batch.input_ids)
     for row, own in enumerate(asked):
         columns[row, : len(own.columns)] = own.columns

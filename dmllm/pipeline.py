@@ -19,6 +19,7 @@ from dmllm.checkpoints import folder
 from dmllm.checkpoints.card import describe
 from dmllm.constraints import Constraints
 from dmllm.data.collate import collate
+from dmllm.encoded import ROOM, EncodedImages
 from dmllm.infilling import conversations_of, infill
 from dmllm.logits import aligned_logits
 from dmllm.nn.graphs import Workspaces
@@ -38,6 +39,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
+    image_room: int = ROOM,
 ) -> Pipeline:
     """A checkpoint ready to be asked.
 
@@ -47,20 +49,15 @@ def load(
         dtype: None is float32 on a CPU and the checkpoint's own elsewhere; "auto" is its own everywhere.
         revision: of a hub name: a branch, tag or commit.
         config: fields over those of a published config.json, e.g. {"image_aspect_ratio": "pad"}.
+        image_room: as for `Pipeline`.
 
     Raises:
         ValueError, FileNotFoundError: there is no such checkpoint, or it is not complete; the message says which file.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str) and dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is not a torch dtype; use auto, float32, bfloat16 or float16.")
-        dtype = found
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    loaded = folder.load(path_or_name, device=device, dtype=dtype, revision=revision, config=config)
-    return Pipeline(loaded.model, loaded.processor, loaded.generation)
+    own = folder.dtype_of(dtype, device)
+    loaded = folder.load(path_or_name, device=device, dtype=own, revision=revision, config=config)
+    return Pipeline(loaded.model, loaded.processor, loaded.generation, image_room)
 
 
 class Pipeline:
@@ -70,6 +67,7 @@ class Pipeline:
         model: a `MultimodalModel`, or what is called like one.
         processor: None for a checkpoint without a tokenizer: `generate` and `logits` remain.
         generation: decode defaults by name, as in `generation_config.json`; its other keys are passed by.
+        image_room: bytes of encoded pictures that are kept for later calls and turns (`pipeline.images`); 0 keeps none.
 
     Every method that decodes takes `generator` (a number, a torch.Generator, a list of one a row, or None for torch's
     global one), `use_cache` (None: where it is exact; False: never) and, as `**decode`, the fields of
@@ -77,11 +75,14 @@ class Pipeline:
     cfg_scale, eos_token_id, choices, constraint.
     """
 
-    def __init__(self, model: Any, processor: Any = None, generation: dict[str, Any] | None = None):
+    def __init__(
+        self, model: Any, processor: Any = None, generation: dict[str, Any] | None = None, image_room: int = ROOM
+    ):
         self.model, self.processor = model.eval(), processor
         self.generation = dict(generation or {})
         self.special: SpecialTokens = model.config.special
         self._workspaces = Workspaces()
+        self.images = EncodedImages(image_room)
         self.constraints = Constraints(processor, model)
 
     def chat(
@@ -202,7 +203,7 @@ class Pipeline:
         """
         ids, asked = self._asked(input_ids, attention_mask, images)
         batch = self._collate([own.example for own in asked])
-        found = aligned_logits(self.model, asked, batch, time, canvas, visibility, feedback)
+        found = aligned_logits(self.model, asked, batch, time, canvas, visibility, feedback, self.images)
         assert found.shape[:2] == ids.shape
         return found
 
@@ -245,6 +246,7 @@ class Pipeline:
             batch_size=batch_size,
             cfg_scale=cfg_scale,
             use_cache=use_cache,
+            images=self.images,
         )
 
     def infill(
@@ -365,9 +367,8 @@ class Pipeline:
                 raise ValueError("draft= is not for a model that denoises in its own way; leave it out.")
             draws = None if generator is None else row_generators(generator, examples)
             return own(self._collate(examples), config, draws)
-        asked = prepare(
-            self.model, self._collate(examples), config, self.special.mask, use_cache, draft, self._workspaces
-        )
+        prompts, kept = self._collate(examples), (self._workspaces, self.images)
+        asked = prepare(self.model, prompts, config, self.special.mask, use_cache, draft, *kept)
         constraint, draws = self.constraints.of(config, asked[1]), row_generators(generator, examples)
         return decode(*asked, draws, config.max_new_tokens, self._workspaces, constraint)
 

@@ -17,10 +17,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from dmllm.models.projectors import resize_maps
+from dmllm.encoded import EncodedImages
 from dmllm.nn.graphs import Workspaces
 from dmllm.nn.visibility import check_layout
-from dmllm.requests import fingerprint
 from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
@@ -45,12 +44,14 @@ def prepare(
     use_cache: bool | None = None,
     draft: Tensor | None = None,
     workspaces: Workspaces | None = None,
+    images: EncodedImages | None = None,
 ) -> tuple[Predict, Canvas, DecodeConfig]:
     """What `denoise` takes for these prompts, of one row a request: the model given them, a canvas, settings.
 
     Args:
         draft: [B, D] ids that the canvas begins with, open where they are `mask_id`; None is a blank canvas.
         workspaces: where a GPU's cache comes from.
+        images: where pictures are encoded, or were.
 
     Raises:
         ValueError: `use_cache=True` where a cache would change the result; or a draft that does not fit.
@@ -76,10 +77,10 @@ def prepare(
         canvas = whole_blocks(_lengths(model, prompts), length, config.block_length or trained, mask_id, **calls)
     else:
         canvas = _canvas(len(prompts), length, mask_id, model.device, draft)
-    cached = _caches(model, prompts, kind, use_cache, policy)
+    cached = keeps_cache(model, prompts, kind, use_cache, policy)
     if trained is not None:
         kind = f"block:{config.block_length}"
-    given = {"cached": cached, "masked": mask_id if scale else None, "workspaces": workspaces}
+    given = {"cached": cached, "masked": mask_id if scale else None, "workspaces": workspaces, "images": images}
     stream = stream_of(model, prompts, canvas.ids.shape[1], kind, **given)
     if policy is not None:
         return _approximate(stream, prompts, config, policy, draft is not None), canvas, config
@@ -113,7 +114,9 @@ def decode(
         workspaces.give(predict.stream.cache if isinstance(predict, PREDICTORS) else None)
 
 
-def _caches(model: Any, prompts: Batch, kind: str, use_cache: bool | None, policy: CachePolicy | None = None) -> bool:
+def keeps_cache(
+    model: Any, prompts: Batch, kind: str, use_cache: bool | None, policy: CachePolicy | None = None
+) -> bool:
     """Whether keys and values are kept: by the policy, or else where that changes nothing.
 
     Raises:
@@ -166,6 +169,7 @@ def stream_of(
     cached: bool,
     masked: int | None = None,
     workspaces: Workspaces | None = None,
+    images: EncodedImages | None = None,
 ) -> Stream:
     """The prompts, pictures encoded, with a canvas of `length` tokens behind each.
 
@@ -173,8 +177,9 @@ def stream_of(
         cached: whether the stream keeps keys and values.
         masked: a mask token that takes the place of every prompt row, image rows included, in a second copy below.
         workspaces: where a GPU's cache comes from.
+        images: where pictures are encoded, or were.
     """
-    features = encode_distinct(model, prompts)
+    features = (images or EncodedImages(0))(model, prompts)
     prompts = prompts.to(model.device)
     stream, positions = model.embed(prompts.input_ids, prompts.image_slots, features), _positions(prompts, length)
     lengths, copies = _lengths(model, prompts), 1 if masked is None else 2
@@ -241,6 +246,7 @@ def likelihoods(
     batch_size: int,
     cfg_scale: float,
     use_cache: bool | None,
+    images: EncodedImages | None = None,
 ) -> Tensor:
     """log p(answer | prompt) in nats for each pair, [B] float64 (see `samplers.likelihood`).
 
@@ -265,37 +271,12 @@ def likelihoods(
                 f"hidden is {tuple(views.shape)} for {len(answers)} answers; it takes [views, {len(answer)}] for one "
                 "answer, with something hidden in each view."
             )
-        cached = _caches(model, prompt, kind, use_cache)
-        stream = stream_of(model, prompt, len(answer), kind, cached=cached, masked=mask_id if cfg_scale else None)
+        cached = keeps_cache(model, prompt, kind, use_cache)
+        masked = mask_id if cfg_scale else None
+        stream = stream_of(model, prompt, len(answer), kind, cached=cached, masked=masked, images=images)
         predict = WholePredictor(stream, cfg_scale=cfg_scale)
         found.append(likelihood(predict, answer, views, mask_id, batch_size))
     return torch.stack(found)
-
-
-def encode_distinct(model: Any, prompts: Batch) -> Tensor | None:
-    """The image features of a batch [T * rows, D], each distinct tile encoded once; None without images."""
-    if prompts.pixel_values is None:
-        return None
-    if prompts.image_grids is not None:
-        return _encode_pictures(model, prompts.pixel_values, prompts.image_grids)
-    places: dict[str, int] = {}
-    order = [places.setdefault(fingerprint(tile), len(places)) for tile in prompts.pixel_values]
-    first = [order.index(k) for k in range(len(places))]
-    features = model.encode_images(prompts.pixel_values[first].to(model.device))
-    per_tile = features.view(len(places), -1, features.shape[-1])
-    features = per_tile[torch.tensor(order, device=features.device)].flatten(0, 1)
-    return features if prompts.image_resizes is None else resize_maps(features, prompts.image_resizes, model.image_grid)
-
-
-def _encode_pictures(model: Any, tiles: Tensor, grids: Tensor) -> Tensor:
-    """The features of pictures of native size [T, D], each distinct picture encoded once."""
-    pictures = tiles.split(grids.prod(1).tolist())
-    keys = [fingerprint(picture, grid) for picture, grid in zip(pictures, grids, strict=True)]
-    distinct = {key: number for number, key in reversed(list(enumerate(keys)))}
-    chosen = sorted(distinct.values())
-    pixels = torch.cat([pictures[number] for number in chosen]).to(model.device)
-    features = model.encode_images(pixels, image_grids=grids[chosen]).split(grids[chosen].prod(1).tolist())
-    return torch.cat([features[chosen.index(distinct[key])] for key in keys])
 
 
 def _positions(prompts: Batch, length: int) -> Tensor:

@@ -18,7 +18,11 @@ from dmllm.registry import Table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dmllm"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
-SHIPPED = [*MODULES, ROOT / "train.py", *sorted((ROOT / "eval").rglob("*.py"))]
+SHIPPED = [
+    *MODULES,
+    ROOT / "train.py",
+    *(p for folder in ("eval", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))),
+]
 
 # Downward only; rooms of one level do not import each other, but for the pairs listed below.
 LEVELS = {
@@ -26,16 +30,16 @@ LEVELS = {
     "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1,
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
-    "requests": 3, "replies": 3, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4, "pipeline": 4,
+    "requests": 3, "replies": 3, "encoded": 4, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4, "pipeline": 4,
     "constraints": 4, "animation": 4, "auto": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 SIBLINGS = {
-    ("config", "registry"), ("checkpoints", "families"), ("logits", "predictor"), ("scoring", "predictor"),
-    ("infilling", "predictor"), ("infilling", "scoring"),
-    *(("pipeline", part) for part in ("predictor", "constraints", "logits", "scoring", "infilling")),
+    ("config", "registry"), ("checkpoints", "families"), ("predictor", "encoded"), ("logits", "encoded"),
+    ("scoring", "encoded"), ("scoring", "predictor"), ("infilling", "predictor"), ("infilling", "scoring"),
+    *(("pipeline", part) for part in ("encoded", "predictor", "constraints", "logits", "scoring", "infilling")),
 }  # fmt: skip
 OPTIONAL = {
     "timm", "open_clip", "torchvision", "matplotlib", "sklearn", "pycocoevalcap", "datasets", "wandb", "trackio",
@@ -181,7 +185,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md"
 
 
 def test_every_path_in_the_readme_exists():
-    pattern = r"(?<![\w./])((?:dmllm|data_configs|eval|tests|examples|docs)/[\w./*-]+|\w+\.py|Makefile)(?![\w/])"
+    pattern = (
+        r"(?<![\w./])((?:dmllm|data_configs|eval|benchmarks|tests|examples|docs)/[\w./*-]+|\w+\.py|Makefile)(?![\w/])"
+    )
     paths = {p.rstrip(".") for p in re.findall(pattern, README)}
     assert len(paths) > 5
     missing = [p for p in paths if not list(ROOT.glob(p.rstrip("/")))]

@@ -143,6 +143,7 @@ def test_the_same_picture_twice_in_a_batch_is_encoded_once(pipeline: Pipeline) -
         return encode(pixels)
 
     pipeline.model.encode_images = counting
+    pipeline.images.clear()
     try:
         pipeline.chat(["a", "b", "c"], [picture(0), [picture(1), picture(0)], picture(0)], **TOKENS)
     finally:

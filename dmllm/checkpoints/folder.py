@@ -103,6 +103,20 @@ def save(
     return path
 
 
+def dtype_of(given: torch.dtype | str | None, device: torch.device) -> Any:
+    """The type of the weights: None is float32 on a CPU and the checkpoint's own elsewhere, which "auto" is everywhere.
+
+    Raises:
+        ValueError: a name that is no type.
+    """
+    if isinstance(given, str) and given != "auto":
+        found = getattr(torch, given, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype={given!r} is not a torch dtype; use auto, float32, bfloat16 or float16.")
+        return found
+    return torch.float32 if given is None and device.type == "cpu" else given
+
+
 def load(
     path_or_name: str | Path,
     *,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dmllm.checkpoints.published import write_published
 from dmllm.data.images import cut_tiles, load_image
+from dmllm.encoded import EncodedImages
 from dmllm.pipeline import load
-from dmllm.predictor import encode_distinct
 from dmllm.tiling import plan
 from dmllm.types import PADDING
 
@@ -72,7 +72,7 @@ class Recorded:
         """The stream [1, L, D] that ids and pictures become, and its logits [1, L, V]."""
         _, asked = pipe._asked(torch.tensor([case["input_ids"]]), None, self.images(case))
         batch = pipe._collate([asked[0].example])
-        stream = pipe.model.embed(batch.input_ids, batch.image_slots, encode_distinct(pipe.model, batch))
+        stream = pipe.model.embed(batch.input_ids, batch.image_slots, EncodedImages(0)(pipe.model, batch))
         assert not bool((batch.documents == PADDING).any())
         return stream, pipe.model(inputs_embeds=stream).logits
 
