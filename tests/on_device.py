@@ -47,6 +47,11 @@ def use(device: str) -> None:
     pipeline.load = load
 
 
+def pytest_runtest_setup() -> None:
+    """What a training run has set for its own speed does not outlast it."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Any:
     """A test that passes by the pipeline says nothing about the device: skipped, with what torch said."""

@@ -63,7 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @fused
 def write(kept: Tensor, new: Tensor, places: Tensor) -> None:
     """Writes new [B, H, L, d] into `kept` [B, H, S, d] at places [B, L]."""
-    kept.scatter_(2, places[:, None, :, None].expand_as(new), new)
+    row = torch.arange(len(new), device=new.device)[:, None]
+    kept[row, :, places] = new.transpose(1, 2)
 
 
 def pack(*layers: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from dmllm.nn.cache import KVCache
 from dmllm.nn.fused import fusing
+from dmllm.nn.moe import MixtureOfExperts
 
 ROWS = 4096  # rows of the stream in one call; beyond, launching takes no time beside computing
 BUCKET = 128  # places: sizes are rounded up to multiples, so that requests of similar lengths share their buffers
+
+
+def capturable(model: Any) -> bool:
+    """Whether a call's kernels are the same whatever the data: not those of experts, who get as many rows as ask."""
+    return not any(isinstance(module, MixtureOfExperts) for module in model.modules())
 
 
 class Graphed:

@@ -248,6 +248,9 @@ def _draw(
         if not wanted:
             return torch.zeros(len(draws), block_length, dtype=torch.float64, device=device)
         drawn = [torch.rand(block_length, generator=g, dtype=torch.float64, device=g.device) for g in draws]
-        return torch.stack(drawn).to(device)
+        found = torch.stack(drawn)
+        if found.device == device:
+            return found
+        return found.pin_memory().to(device, non_blocking=True)  # so that the host need not wait
 
     return numbers(config.draws_tokens), numbers(config.draws_order)

@@ -39,7 +39,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory) -> Any:
     with torch.no_grad():
         for weight in pipeline.model.parameters():
             if weight.ndim > 1:
-                weight.normal_(std=SHARP, generator=draws)
+                weight.copy_(torch.empty(weight.shape).normal_(std=SHARP, generator=draws))
     return pipeline
 
 
