@@ -31,7 +31,7 @@ from dmllm.samplers.likelihood import draw_views, likelihood
 from dmllm.samplers.policy import CachePolicy
 from dmllm.samplers.stream import Stream
 from dmllm.samplers.whole import WholePredictor
-from dmllm.types import PADDING, TEXT, Batch, Step
+from dmllm.types import PADDING, PREFIX, TEXT, Batch, Step
 
 PREDICTORS = (ApproximatePredictor, BlockPredictor, WholePredictor)
 
@@ -183,13 +183,14 @@ def stream_of(
     prompts = prompts.to(model.device)
     stream, positions = model.embed(prompts.input_ids, prompts.image_slots, features), _positions(prompts, length)
     lengths, copies = _lengths(model, prompts), 1 if masked is None else 2
+    prefix = (prompts.documents == PREFIX).sum(1).repeat(copies)
     if masked is not None:
         hidden = torch.full_like(prompts.input_ids, masked)
         stream = torch.cat([stream, model.embed(hidden, torch.full_like(prompts.image_slots, TEXT))])
         positions, lengths = torch.cat([positions, positions], -2), lengths.repeat(2)
     size, where = stream.shape[1] + length, Workspaces(0) if workspaces is None else workspaces
     cache = where.take(len(stream), size, model) if cached else None
-    return Stream(model, stream, positions, lengths, length, visibility, cache, copies=copies)
+    return Stream(model, stream, positions, lengths, length, visibility, cache, copies=copies, prefix=prefix)
 
 
 def _lengths(model: Any, prompts: Batch) -> Tensor:

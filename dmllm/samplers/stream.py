@@ -1,0 +1,229 @@
+"""A model with its requests' streams: each a prompt and the canvas right behind it, of which a call feeds a part.
+
+Rows of the batch need not be fed the same part, nor all of them. What is fed sees what has been fed before, through a
+cache in which each place of the stream has its own. On a GPU no shape depends on data and the host never waits: windows
+have the width that is asked for, and calls with few rows are replayed as CUDA graphs.
+
+Shapes: B rows of the batch (twice the requests under guidance), P prompt rows (padded on the right), N canvas tokens,
+S >= P + N places, W rows fed, K positions asked for, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmllm.nn.cache import KVCache
+from dmllm.nn.graphs import ROWS, Graphed, capturable
+from dmllm.nn.visibility import Visibility, layout
+from dmllm.samplers.canvas import Canvas
+from dmllm.types import PADDING, PREFIX
+
+
+class Stream:
+    """What a model was given, and which rows of it each call feeds.
+
+    Args:
+        model: what is called like a `MultimodalModel`.
+        prompts: [B, P, D], the prompts' embeddings.
+        positions: [B, P + N] or [4, B, P + N], of the prompts and of the canvas behind each.
+        lengths: [B], how many of the P are real.
+        length: N.
+        visibility: a name of `LAYOUTS` or block:N; places are counted from each prompt's first row.
+        cache: with S places; None feeds everything that is to be seen.
+        copies: rows for each request: 2 under guidance, the second time without their prompts.
+        prefix: [B], how many of the prompts' first rows are of document PREFIX; None is none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        length: int,
+        visibility: str,
+        cache: KVCache | None,
+        *,
+        copies: int = 1,
+        prefix: Tensor | None = None,
+    ):
+        self.model, self.lengths, self.length, self.visibility, self.cache = model, lengths, length, visibility, cache
+        self.copies = copies
+        self.static = is_static(lengths.device)
+        self._prompts, self._positions = prompts, positions
+        self._prefix = torch.zeros_like(lengths) if prefix is None else prefix
+        self._captures = self.static and cache is not None and capturable(model)
+        self._requests = torch.arange(len(lengths) // copies, device=lengths.device)
+        self._window: tuple[Tensor, ...] | None = None
+
+    @property
+    def given(self) -> int:
+        """P."""
+        return self._prompts.shape[1]
+
+    def follow(self, requests: Tensor) -> Tensor | None:
+        """Only the rows of `requests` [B'] from now on; which of the rows these are, None if nothing has changed."""
+        if requests is self._requests:
+            return None
+        known, self._requests = self._requests, requests
+        if len(known) == len(requests) and (self.static or torch.equal(known, requests)):
+            return None
+        rows = torch.searchsorted(known, requests)
+        rows = torch.cat([rows + copy * len(known) for copy in range(self.copies)])
+        self._prompts, self.lengths, self._prefix = self._prompts[rows], self.lengths[rows], self._prefix[rows]
+        self._positions, self._window = self._positions.index_select(-2, rows), None
+        self.cache = None if self.cache is None else self.cache.select(rows)
+        return rows
+
+    def fork(self, count: int) -> Stream:
+        """`count` streams that start where this one, of a single request, is; it stays as it is."""
+        assert len(self._requests) == 1, "a fork is of one request"
+        rows = torch.arange(self.copies, device=self.lengths.device).repeat_interleave(count)
+        other = copy.copy(self)
+        other._requests, other._window = self._requests.repeat(count), None
+        other._prompts, other.lengths, other._prefix = self._prompts[rows], self.lengths[rows], self._prefix[rows]
+        other._positions = self._positions.index_select(-2, rows)
+        other.cache = None if self.cache is None else self.cache.select(rows)
+        return other
+
+    def run(self, first: Tensor, end: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The places from `first` to `end` [B], [B, W], and which of them are real; the same ones as in the last call,
+        if nothing has moved. `width` is the largest W may be."""
+        if self.static:
+            places = first[:, None] + torch.arange(width, device=first.device)
+            return places, places < end[:, None]
+        window = (first, end)
+        if self._window is not None and all(map(torch.equal, window, self._window[:2])):
+            return self._window[2], self._window[3]
+        places = first[:, None] + torch.arange(int((end - first).max()), device=first.device)
+        self._window = (*window, places, places < end[:, None])
+        return self._window[2], self._window[3]
+
+    @torch.no_grad()
+    def store(self, end: Tensor, width: int) -> None:
+        """Computes the prompts up to `end` [B], at most `width`, for the cache alone."""
+        if width:
+            nothing = torch.zeros(len(end), max(self.length, 1), dtype=torch.int64, device=end.device)
+            window = self.run(torch.zeros_like(end), end, width)
+            self.feed(nothing, *window, nothing[:, :0], nothing[:, 0].float())
+
+    def feed(
+        self, ids: Tensor, places: Tensor, real: Tensor, asked: Tensor, time: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, K, V].
+
+        Args:
+            ids: [B, N], the canvas.
+            places: [B, W] ascending, what is fed, where `real` [B, W].
+            asked: [B, K], the places whose tokens are asked for, each among those fed.
+            time: [B], for models conditioned on it.
+            rows: [B] int64, of which rows of the batch all this is; None is all.
+        """
+        prompts, positions = self._prompts, self._positions
+        lengths, prefix = self.lengths[:, None], self._prefix[:, None]
+        if rows is not None:
+            prompts, positions = prompts[rows], positions.index_select(-2, rows)
+            lengths, prefix = lengths[rows], prefix[rows]
+        of_prompt = places < lengths
+        stream = self.model.embed(ids.gather(1, (places - lengths).clamp(0, self.length - 1)))
+        if self.given:
+            column = places.clamp(max=self.given - 1)[..., None].expand(-1, -1, prompts.shape[-1])
+            stream = torch.where(of_prompt[..., None], prompts.gather(1, column), stream)
+        column = torch.where(of_prompt, places, places - lengths + self.given).clamp(max=positions.shape[-1] - 1)
+        rule = layout(
+            self.visibility,
+            documents=torch.where(real, torch.where(places < prefix, PREFIX, 0), PADDING),
+            canvas=~of_prompt,
+            positions=places,
+        )
+        inputs = (
+            stream,
+            positions.gather(-1, column.expand(*positions.shape[:-1], -1)),
+            *(rule.rank, rule.canvas, rule.document),
+            torch.searchsorted(places, asked).clamp(max=places.shape[1] - 1),
+            time,
+        )
+        if self.cache is None:
+            return self._call(*inputs)
+        stored = self._stored(places, real)
+        if self._captures and rows is None and places.numel() <= ROWS and asked.numel():
+            key = tuple(x.shape for x in inputs)
+            call = self.cache.graphs.setdefault(key, Graphed(Cached(self.model, self.cache)))
+            return call(*inputs, stored)
+        self.cache.put(stored, rows)
+        return self._call(*inputs)
+
+    def _call(self, stream: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+        return call_model(self.model, self.cache, stream, positions, *rest)
+
+    def _stored(self, places: Tensor, real: Tensor) -> Tensor:
+        """Where the rows are written; the same tensor as for the same window before."""
+        assert self.cache is not None
+        if self._window is None or places is not self._window[2]:
+            return torch.where(real, places, self.cache.size)
+        if len(self._window) == 4:
+            self._window = (*self._window, torch.where(real, places, self.cache.size))
+        return self._window[4]
+
+
+def is_static(device: torch.device) -> bool:
+    """Whether no shape may depend on data, for which the host would wait."""
+    return device.type == "cuda"
+
+
+class Cached:
+    """The model on one cache, as a function of tensors alone; not of a request, so that another can take it over."""
+
+    def __init__(self, model: Any, cache: KVCache):
+        self.model, self.cache = model, cache
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """As `call_model`; the last of the inputs says where rows are written."""
+        self.cache.put(inputs[-1][:])  # other places, even in the same memory
+        return call_model(self.model, self.cache, *inputs[:-1])
+
+
+def call_model(
+    model: Any,
+    cache: KVCache | None,
+    stream: Tensor,
+    positions: Tensor,
+    rank: Tensor,
+    canvas: Tensor,
+    document: Tensor,
+    rows: Tensor,
+    time: Tensor,
+) -> Tensor:
+    """Logits [B, K, V] of `rows` [B, K] of the stream [B, W, D] by the rule [B, W]."""
+    return model(
+        inputs_embeds=stream,
+        positions=positions,
+        visibility=Visibility(rank, canvas, document),
+        cache=cache,
+        time=time,
+        rows=rows,
+    ).logits
+
+
+def asked_twice(canvas: Canvas, cfg_scale: float, masks_draft: bool) -> Tensor:
+    """The canvas's ids [B, N] as rows with their prompts see them; under guidance, then as those without do [2 B, N].
+
+    Args:
+        masks_draft: whether what was given on the canvas is a part of the prompt in this.
+    """
+    if not cfg_scale:
+        return canvas.ids
+    without = canvas.ids.masked_fill(~canvas.editable, canvas.mask_id) if masks_draft else canvas.ids
+    return torch.cat([canvas.ids, without])
+
+
+def guided(logits: Tensor, cfg_scale: float) -> Tensor:
+    """Logits [B, K, V] of rows with their prompts, then of the same without: un + (cfg_scale + 1)(cond - un)."""
+    if not cfg_scale:
+        return logits
+    with_prompt, without = logits.float().chunk(2)
+    return without + (cfg_scale + 1) * (with_prompt - without)
