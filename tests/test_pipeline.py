@@ -19,6 +19,7 @@ from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.models.vision import VisionConfig, resolve_vision
 from dmllm.pipeline import Generated, Pipeline, Reply, load
+from dmllm.predictor import prepare
 from dmllm.tiling import TilingConfig
 
 TOKENS = {"max_new_tokens": 12, "block_length": 4}
@@ -127,6 +128,25 @@ def test_with_the_prompt_cached_the_logits_and_tokens_are_those_without(image_pr
     for (fed, cached), (fed_all, plain) in zip(seen[True], seen[False], strict=True):
         assert fed == 12 < fed_all
         torch.testing.assert_close(cached, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cfg_scale": 1e-6}], ids=["cached", "fed", "guided"])
+@pytest.mark.parametrize("kind", ["full", "prefix", "causal", "block:4"])
+def test_a_picture_that_all_questions_share_sees_none_of_them(kind: str, options: dict) -> None:
+    """The loop's logits are those of the plain forward, which are those of training."""
+    pipeline = make(kind, image_prefix=True)
+    questions, pictures, mask = ["what?", "and now?"], [picture(0), picture(1)], pipeline.special.mask
+    examples = [pipeline.processor.prompt(*one) for one in zip(questions, [[p] for p in pictures], strict=True)]
+    use_cache = options.get("use_cache")
+    config = pipeline.decode_config(max_new_tokens=3, cfg_scale=options.get("cfg_scale", 0.0))
+    predict, canvas, _ = prepare(pipeline.model, pipeline._collate(examples), config, mask, use_cache)
+    found = predict(replace(canvas, block=torch.zeros_like(canvas.block)), torch.tensor([[0], [0]]))
+    for row, example in enumerate(examples):
+        end = 1 if kind == "causal" or ":" not in kind else 4 - len(example) % 4
+        ids = torch.tensor([[*example.input_ids.tolist(), *[mask] * (3 if end == 1 else end)]])
+        on_canvas = torch.arange(ids.shape[1])[None] >= len(example)
+        plain = pipeline.logits(ids, images=[pictures[row]], canvas=on_canvas)[0, len(example)]
+        torch.testing.assert_close(found[row, 0], plain, atol=1e-4, rtol=0)
 
 
 def test_a_cache_that_would_change_the_result_is_refused() -> None:
