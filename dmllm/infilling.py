@@ -75,6 +75,9 @@ def infill(
     """Each text filled; `Pipeline.infill` says how. `conversations` are those of `conversations_of`."""
     processor, config = pipeline.processor, _settings(pipeline, decode)
     gaps = [gapped(processor, text, own) for text, own in zip(texts, conversations, strict=True)]
+    if config.suffix_ids:  # what stands behind an answer of this model
+        ends = [{} if talk is None else {"end": list(config.suffix_ids), "size": 0} for talk in conversations]
+        gaps = [replace(own, **end) for own, end in zip(gaps, ends, strict=True)]
     for text, own in zip(texts, gaps, strict=True):
         if own.choices > MAX_CHOICES:
             raise ValueError(
@@ -142,7 +145,7 @@ def _settings(pipeline: Any, decode: dict[str, Any]) -> DecodeConfig:
     steps = None
     if config.steps is not None:
         steps = config.steps_per_block(config.max_new_tokens)
-    own = {"suffix_ids": [], "stop_sequences": [], "eos_token_id": [], "choose_mask": False, "prompt_first": False}
+    own = {"stop_sequences": [], "eos_token_id": [], "choose_mask": False, "prompt_first": False}
     return replace(config, steps=None, block_steps=steps or config.block_steps, fill_behind_eos=True, **own)
 
 
@@ -174,7 +177,7 @@ def _fill(
     if shared and config.block_steps is not None:
         blocks = -(-length // config.block_of(length))
         config = replace(config, block_steps=max(config.block_steps // blocks, 1))
-    config = replace(config, max_new_tokens=length)
+    config = replace(config, max_new_tokens=length, suffix_ids=[])  # they are on the canvas
     draft = torch.tensor([one.laid.ids for one in group])
     kinds = torch.tensor([one.laid.kinds for one in group], device=model.device)
     predict, canvas, config = prepare(model, prompts, config, mask_id, use_cache, draft, images=pipeline.images)

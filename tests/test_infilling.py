@@ -70,6 +70,20 @@ def test_steps_are_calls_and_a_cache_changes_nothing(pipeline: Pipeline) -> None
     del pipeline.generation["eos_token_id"]
 
 
+def test_a_suffix_stands_behind_an_answer_in_place_of_its_end(pipeline: Pipeline) -> None:
+    seen, embed = [], pipeline.model.embed
+
+    def watching(ids, *rest):
+        seen.append(ids[0, -2:].tolist())
+        return embed(ids, *rest)
+
+    pipeline.model.embed = watching
+    for options, end in (({}, pipeline.special.eos), ({"suffix_ids": [7]}, 7)):
+        found = pipeline.infill("a [MASK] b", "what?", **options)
+        assert seen[-1] == [found.ids[-1], end]
+    del pipeline.model.embed
+
+
 def test_seeds_decide_and_generators_are_used_up(pipeline: Pipeline) -> None:
     options = {"temperature": 2.0, "num_samples": 2}
     text = "a [MASK:5..6] b"
