@@ -146,10 +146,12 @@ def test_what_several_layers_of_the_tower_say_reaches_the_first_layers_behind(pa
     assert pipe.model.stream_width == 32 * (1 + vision.deepstack) == 96
     forward = vision.features
     vision.features = lambda *given: forward(*given) * (torch.arange(96) < 32)
+    pipe.images.clear()
     try:
         alone = pipe.logits(torch.tensor([ids]), images=pictures)
     finally:
         del vision.features
+        pipe.images.clear()
     changed = (whole - alone).abs().amax(-1)[0] > 1e-3
     assert changed.tolist() == [False, False, False, True, True, True, True]
 
