@@ -322,7 +322,7 @@ class Processor:
         if not parts:
             return {}, None, []
         if self.config.tiling is None:
-            raise ValueError("an image, but this model reads text only (tiling: null).")
+            raise ValueError("an image, but this model takes ids alone (tiling: null): text, or a picture's own ids.")
         tiling = self.config.tiling.of(len(parts))
         rows, tiles, num_tiles = {}, [], 0
         resizes: list[Resize] = []

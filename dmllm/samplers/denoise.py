@@ -185,6 +185,8 @@ def _finished(canvas: Canvas, config: DecodeConfig) -> Tensor:
     left = canvas.post > 0
     if config.eos_early_stop and not config.rewrites:
         return stopped | (length == canvas.ids.shape[1]) & ~left
+    if not config.fill_behind_eos:  # what is behind the end stays open
+        return ~left & (stopped | canvas.committed.all(1))
     block_length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     return ~left & (stopped & (_first_block(canvas, block_length) > canvas.block) | canvas.committed.all(1))
 

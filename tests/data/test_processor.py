@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused_with_the_records_place(make_processor, rec
     ):
         with pytest.raises(ValueError, match=f"set.json: record 7: .*{said}"):
             processor.example(record(*turns), generator=draws())
-    with pytest.raises(ValueError, match="reads text only"):
+    with pytest.raises(ValueError, match="takes ids alone"):
         make_processor(tiling=None).prompt("q", [RED])
     with pytest.raises(ValueError, match="ends with a user's message"):
         processor.prompt([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])

@@ -178,3 +178,13 @@ def test_calls_that_store_are_made_only_where_something_is_stored() -> None:
     whole = make(visibility="full")
     assert int(whole.generate([[1] * 9], store_calls=True).num_forwards) == 11
     assert int(make().generate([[1] * 9], store_calls=True, use_cache=False).num_forwards) == 11
+
+
+@pytest.mark.parametrize("visibility", ["full", "block:4"])
+@pytest.mark.parametrize(
+    "options", [{"eos_early_stop": False}, {"editing_threshold": 0.1, "num_to_transfer": 2}, {"revoke_threshold": 0.5}]
+)
+def test_what_stays_open_behind_an_end_keeps_no_reply_from_ending(visibility: str, options: dict) -> None:
+    stops = {"eos_token_id": list(range(0, 47, 3)), "fill_behind_eos": False, "threshold": 0.1}
+    out = make(visibility=visibility).generate(*prompts(), block_length=4, **stops, **options)
+    assert len(out.trajectory) < 60
