@@ -71,7 +71,7 @@ def seconds(work: Callable[[], Any], device: str, times: int = 3) -> float:
 
 
 def rates(device: str, size: int) -> tuple[float, float]:
-    """Bytes read and floating-point operations a second: in a sum of 16 size^2 numbers, in a square product of `size`."""
+    """Bytes read and operations a second: in a sum of 16 size^2 numbers, in a product of two squares of `size`."""
     read = torch.zeros(16 * size * size, device=device)
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     by_sum = seconds(lambda: [read.sum() for _ in range(8)], device)
