@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dmllm.evaluation.products import multiply, operands, square
+from dmllm.evaluation.products import Products, multiply, operands, square
 
 BUSY = 2.0  # load average from which a measurement is not to be trusted
 CUBE, COPIED = 1024, 1 << 28  # side of a square product; bytes
@@ -60,6 +62,41 @@ def cube_rate(dtype: torch.dtype, side: int = CUBE) -> float:
     product = square(side, dtype)
     matrices = operands({product: 1}, torch.device("cpu"))
     return product.flops / _best(lambda: multiply(matrices))
+
+
+def seconds_of(matrices: Sequence[tuple[Tensor, ...]]) -> float:
+    """Of multiplying pairs of matrices one after another."""
+    start = now()
+    for left, right, *_ in matrices:
+        torch.mm(left, right)
+    return max(now() - start, 1e-9)
+
+
+def apart(calls: Sequence[Products]) -> list[tuple[Tensor, Tensor]]:
+    """The operands of the products of some calls, call by call. Each weight lies in memory of its own, as in a model,
+    and is the same in all calls; what is multiplied with it is at hand."""
+    weights: dict[tuple[Any, ...], list[Tensor]] = {}
+    found = []
+    for products in calls:
+        for product, times in products.items():
+            own = weights.setdefault((product.dtype, product.right), [])
+            own += [_laid_out(product.right, product.dtype) for _ in range(times - len(own))]
+            left = _laid_out(product.left, product.dtype)
+            found += [(left, weight) for weight in own[:times]]
+    return found
+
+
+def together(calls: Sequence[Products]) -> list[tuple[Tensor, Tensor]]:
+    """The same products, with operands that share memory, so that a cache holds what it can of them."""
+    merged = {
+        product: sum(products.get(product, 0) for products in calls) for products in calls for product in products
+    }
+    return [(left, right) for left, right, times in operands(merged, torch.device("cpu")) for _ in range(times)]
+
+
+def _laid_out(layout: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+    span = 1 + sum((n - 1) * stride for n, stride in zip(*layout, strict=True))
+    return torch.randn(span).to(dtype).as_strided(*layout)
 
 
 def copy_rate(size: int = COPIED) -> float:

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import decode, peers
+from benchmarks import decode, machine, peers
 from benchmarks.decode import main
 from benchmarks.shape import Shape, write
 from benchmarks.watch import Calls
+from dmllm.evaluation.products import count
 from dmllm.pipeline import load
 
 TOY = Shape(width=32, layers=2, heads=2, inner=48, vocabulary=160, prompt=19, tokens=8, block=4, per_call=2)
@@ -66,8 +67,8 @@ def test_every_way_of_ours_is_measured_and_written_down(tmp_path, capsys):
     assert found["command"].startswith("python -m benchmarks.decode --width 32")
     assert len(found["load_averages"]) == 3
     for step in found["steps"]:
-        assert step["share_of_cube_limit"] > 0
-        assert step["limit_seconds"] > 0
+        assert list(step["share"]) == ["own_products", "own_products_in_cache", "cube"]
+        assert min(step["limit_seconds"].values()) > 0
     said = capsys.readouterr().out
     table = [line for line in said.splitlines() if line.startswith("  ours, ")]
     assert len(table) == len(found["rows"]) + len(found["steps"])
@@ -122,3 +123,15 @@ def test_a_cached_step_is_fed_the_block_alone_however_much_is_finished(checkpoin
 def test_a_request_that_does_not_divide_is_refused(tmp_path):
     with pytest.raises(ValueError, match="30 tokens in blocks of 4"):
         main([*OPTIONS, "--tokens", "30"])
+
+
+def test_products_are_repeated_with_weights_of_their_own_that_all_calls_share():
+    x, weights = torch.randn(3, 8), [torch.randn(5, 8) for _ in range(4)]
+    calls = [count(lambda n=n: [torch.nn.functional.linear(x[:n], w) for w in weights])[1] for n in (3, 2)]
+    apart, together = machine.apart(calls), machine.together(calls)
+    assert [left.shape[0] for left, _ in apart] == [3] * 4 + [2] * 4
+    assert len({right.data_ptr() for _, right in apart}) == 4
+    assert len({right.data_ptr() for _, right in together}) == 1
+    for matrices in (apart, together):
+        assert {(tuple(right.shape), right.stride()) for _, right in matrices} == {((8, 5), (1, 8))}
+        assert len(matrices) == 8
