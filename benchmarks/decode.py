@@ -80,7 +80,9 @@ def _answer(pipeline: Pipeline, shape: Shape, options: dict[str, Any], ids: Tens
 def ways_of(arguments: argparse.Namespace, shape: Shape, folder: Path) -> tuple[list[Way], list[tuple[str, str]]]:
     """All rows, and which pairs of them must agree token by token."""
     checkpoint = shapes.write(shape, folder / "model")
-    pipelines = {name: load(str(checkpoint), device="cpu", dtype=dtype) for name, dtype in DTYPES.items()}
+    pipelines = {
+        name: load(str(checkpoint), device="cpu", dtype=dtype, prompt_room=0) for name, dtype in DTYPES.items()
+    }
     found, equal = [], []
     theirs: torch.nn.Module = peers.AsTheirs(pipelines["fp32"])
     if arguments.fast_dllm:

@@ -55,7 +55,7 @@ def build(layers: int, width: int, inner: int, heads: int, vocabulary: int, devi
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=0.02)
-    return Pipeline(model.requires_grad_(False), None, {"eos_token_id": [], "block_length": BLOCK})
+    return Pipeline(model.requires_grad_(False), None, {"eos_token_id": [], "block_length": BLOCK}, prompt_room=0)
 
 
 def seconds(work: Callable[[], Any], device: str, times: int = 3) -> float:

@@ -78,7 +78,7 @@ def training_step(pipeline: Pipeline, shape: Shape, rows: int) -> tuple[Callable
 def measure(shape: Shape, rows: int) -> dict[str, Any]:
     """A training step, and a request in every way."""
     with tempfile.TemporaryDirectory() as name:
-        pipeline = load(str(shapes.write(shape, Path(name) / "model")), device="cpu")
+        pipeline = load(str(shapes.write(shape, Path(name) / "model")), device="cpu", prompt_room=0)
     length = shape.prompt + shape.tokens
     step, hidden = training_step(pipeline, shape, rows)
     found = [look(f"training step, batch of {rows}", step, shape.vocabulary, rows * length, hidden)]

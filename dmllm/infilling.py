@@ -180,7 +180,7 @@ def _fill(
     config = replace(config, max_new_tokens=length, suffix_ids=[])  # they are on the canvas
     draft = torch.tensor([one.laid.ids for one in group])
     kinds = torch.tensor([one.laid.kinds for one in group], device=model.device)
-    predict, canvas, config = prepare(model, prompts, config, mask_id, use_cache, draft, images=pipeline.images)
+    predict, canvas, config = prepare(model, prompts, config, mask_id, use_cache, draft, kept=pipeline.kept)
     table = pipeline.processor.tokens.kinds.to(model.device)
     *_, last = denoise(_only(predict, table, kinds, mask_id), canvas, config, draws)
     for one, ids, calls in zip(group, last.ids.tolist(), last.num_forwards.tolist(), strict=True):
@@ -218,7 +218,7 @@ def _compare(
         mask_id,
         use_cache=use_cache,
         visibility=visibility,
-        images=pipeline.images,
+        kept=pipeline.kept,
     )
     for one in mine:
         answer = torch.tensor(one.ids, device=pipeline.model.device)

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.card import describe
+from dmllm.computed import Kept
 from dmllm.constraints import Constraints
 from dmllm.data.collate import collate
-from dmllm.encoded import ROOM, EncodedImages
+from dmllm.encoded import ROOM
 from dmllm.infilling import conversations_of, infill
 from dmllm.logits import aligned_logits
 from dmllm.nn.graphs import Workspaces
 from dmllm.predictor import decode, likelihoods, prepare
-from dmllm.replies import Generated, Reply
+from dmllm.replies import Generated, Reply, answered, replies_of
 from dmllm.requests import Asked, Seeds, prompts_of, row_generators, rows_of_ids, split_requests
-from dmllm.samplers.canvas import reply_length
 from dmllm.samplers.config import DecodeConfig, decode_config
 from dmllm.scoring import rank
 from dmllm.tiling import TilingConfig
@@ -40,6 +40,7 @@ def load(
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     image_room: int = ROOM,
+    prompt_room: int = ROOM,
 ) -> Pipeline:
     """A checkpoint ready to be asked.
 
@@ -49,7 +50,7 @@ def load(
         dtype: None is float32 on a CPU and the checkpoint's own elsewhere; "auto" is its own everywhere.
         revision: of a hub name: a branch, tag or commit.
         config: fields over those of a published config.json, e.g. {"image_aspect_ratio": "pad"}.
-        image_room: as for `Pipeline`.
+        image_room, prompt_room: as for `Pipeline`.
 
     Raises:
         ValueError, FileNotFoundError: there is no such checkpoint, or it is not complete; the message says which file.
@@ -57,7 +58,7 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own = folder.dtype_of(dtype, device)
     loaded = folder.load(path_or_name, device=device, dtype=own, revision=revision, config=config)
-    return Pipeline(loaded.model, loaded.processor, loaded.generation, image_room)
+    return Pipeline(loaded.model, loaded.processor, loaded.generation, image_room, prompt_room)
 
 
 class Pipeline:
@@ -68,6 +69,7 @@ class Pipeline:
         processor: None for a checkpoint without a tokenizer: `generate` and `logits` remain.
         generation: decode defaults by name, as in `generation_config.json`; its other keys are passed by.
         image_room: bytes of encoded pictures that are kept for later calls and turns (`pipeline.images`); 0 keeps none.
+        prompt_room: the same for keys and values of prompts' rows, where they are exact (`pipeline.prompts`).
 
     Every method that decodes takes `generator` (a number, a torch.Generator, a list of one a row, or None for torch's
     global one), `use_cache` (None: where it is exact; False: never) and, as `**decode`, the fields of
@@ -76,13 +78,19 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: Any, processor: Any = None, generation: dict[str, Any] | None = None, image_room: int = ROOM
+        self,
+        model: Any,
+        processor: Any = None,
+        generation: dict[str, Any] | None = None,
+        image_room: int = ROOM,
+        prompt_room: int = ROOM,
     ):
         self.model, self.processor = model.eval(), processor
         self.generation = dict(generation or {})
         self.special: SpecialTokens = model.config.special
         self._workspaces = Workspaces()
-        self.images = EncodedImages(image_room)
+        self.kept = Kept.of(image_room, prompt_room)
+        self.images, self.prompts = self.kept.images, self.kept.prompts
         self.constraints = Constraints(processor, model)
 
     def chat(
@@ -110,7 +118,7 @@ class Pipeline:
             return []
         examples = self._prompts(requests)
         *_, last = self._denoise(examples, config, generator, use_cache)
-        replies = self._replies(last, config)
+        replies = self.replies(last, **decode)
         return replies[0] if single else replies
 
     def stream(
@@ -169,8 +177,7 @@ class Pipeline:
             if put_draft is not None:
                 put_draft(step.ids.cpu())
         last = trajectory[-1]
-        length, stopped = reply_length(last.ids, last.committed, config.stops)
-        kept = torch.arange(last.ids.shape[1], device=last.ids.device) < (length + stopped)[:, None]
+        kept = answered(last, config.stops)
         answers = last.ids.masked_fill(~kept, self.special.pad)
         if streamer is not None:
             streamer.put(answers[kept].cpu())
@@ -246,7 +253,7 @@ class Pipeline:
             batch_size=batch_size,
             cfg_scale=cfg_scale,
             use_cache=use_cache,
-            images=self.images,
+            kept=self.kept,
         )
 
     def infill(
@@ -324,7 +331,7 @@ class Pipeline:
 
     def replies(self, step: Step, **decode: Any) -> list[Reply]:
         """The answers that a step of `stream` shows so far: what is known in order, up to the end of sequence."""
-        return self._replies(step, self.decode_config(**decode))
+        return replies_of(step, self.decode_config(**decode).stops, self._processor().decode)
 
     def text(self, step: Step) -> str:
         """The first row's answer in a step."""
@@ -367,7 +374,7 @@ class Pipeline:
                 raise ValueError("draft= is not for a model that denoises in its own way; leave it out.")
             draws = None if generator is None else row_generators(generator, examples)
             return own(self._collate(examples), config, draws)
-        prompts, kept = self._collate(examples), (self._workspaces, self.images)
+        prompts, kept = self._collate(examples), (self._workspaces, self.kept)
         asked = prepare(self.model, prompts, config, self.special.mask, use_cache, draft, *kept)
         constraint, draws = self.constraints.of(config, asked[1]), row_generators(generator, examples)
         return decode(*asked, draws, config.max_new_tokens, self._workspaces, constraint)
@@ -390,11 +397,3 @@ class Pipeline:
         if self.processor is None:
             raise ValueError("This checkpoint has no tokenizer, so it cannot chat; use generate() and logits() on ids.")
         return self.processor
-
-    def _replies(self, step: Step, config: DecodeConfig) -> list[Reply]:
-        length, stopped = reply_length(step.ids, step.committed, config.stops)
-        rows = zip(step.ids.tolist(), length.tolist(), stopped.tolist(), step.num_forwards.tolist(), strict=True)
-        decode = self._processor().decode
-        return [
-            Reply(decode(ids[:n]), ids[:n], forwards, "stop" if ended else "length") for ids, n, ended, forwards in rows
-        ]

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from dmllm.encoded import EncodedImages
+from dmllm.computed import Kept, is_timed
 from dmllm.nn.graphs import Workspaces
 from dmllm.nn.visibility import check_layout
 from dmllm.samplers.approximate import ApproximatePredictor
@@ -44,14 +44,14 @@ def prepare(
     use_cache: bool | None = None,
     draft: Tensor | None = None,
     workspaces: Workspaces | None = None,
-    images: EncodedImages | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Predict, Canvas, DecodeConfig]:
     """What `denoise` takes for these prompts, of one row a request: the model given them, a canvas, settings.
 
     Args:
         draft: [B, D] ids that the canvas begins with, open where they are `mask_id`; None is a blank canvas.
         workspaces: where a GPU's cache comes from.
-        images: where pictures are encoded, or were.
+        kept: what earlier requests have computed.
 
     Raises:
         ValueError: `use_cache=True` where a cache would change the result; or a draft that does not fit.
@@ -80,7 +80,7 @@ def prepare(
     cached = keeps_cache(model, prompts, kind, use_cache, policy)
     if trained is not None:
         kind = f"block:{config.block_length}"
-    given = {"cached": cached, "masked": mask_id if scale else None, "workspaces": workspaces, "images": images}
+    given = {"cached": cached, "masked": mask_id if scale else None, "workspaces": workspaces, "kept": kept}
     stream = stream_of(model, prompts, canvas.ids.shape[1], kind, **given)
     if policy is not None:
         return _approximate(stream, prompts, config, policy, draft is not None), canvas, config
@@ -131,7 +131,7 @@ def keeps_cache(
         raise ValueError(f"use_cache={use_cache} and cache={policy.kind} say different things; give one of them.")
     if policy is not None or use_cache is False or check_layout(kind) is not None:
         return use_cache is not False
-    timed = (getattr(model.config, "backbone", None) or {}).get("time_conditioning")
+    timed = is_timed(model)
     changes = timed or kind == "full"
     if changes and use_cache:
         why = "is told the time" if timed else "sees the canvas"
@@ -169,7 +169,7 @@ def stream_of(
     cached: bool,
     masked: int | None = None,
     workspaces: Workspaces | None = None,
-    images: EncodedImages | None = None,
+    kept: Kept | None = None,
 ) -> Stream:
     """The prompts, pictures encoded, with a canvas of `length` tokens behind each.
 
@@ -177,20 +177,28 @@ def stream_of(
         cached: whether the stream keeps keys and values.
         masked: a mask token that takes the place of every prompt row, image rows included, in a second copy below.
         workspaces: where a GPU's cache comes from.
-        images: where pictures are encoded, or were.
+        kept: what earlier requests have computed.
     """
-    features = (images or EncodedImages(0))(model, prompts)
+    kept = Kept.of(0, 0) if kept is None else kept
+    features, given = kept.images(model, prompts), prompts
     prompts = prompts.to(model.device)
     stream, positions = model.embed(prompts.input_ids, prompts.image_slots, features), _positions(prompts, length)
     lengths, copies = _lengths(model, prompts), 1 if masked is None else 2
-    prefix = (prompts.documents == PREFIX).sum(1).repeat(copies)
     if masked is not None:
         hidden = torch.full_like(prompts.input_ids, masked)
         stream = torch.cat([stream, model.embed(hidden, torch.full_like(prompts.image_slots, TEXT))])
         positions, lengths = torch.cat([positions, positions], -2), lengths.repeat(2)
     size, where = stream.shape[1] + length, Workspaces(0) if workspaces is None else workspaces
     cache = where.take(len(stream), size, model) if cached else None
-    return Stream(model, stream, positions, lengths, length, visibility, cache, copies=copies, prefix=prefix)
+    per_tile = 0 if features is None or given.pixel_values is None else len(features) // len(given.pixel_values)
+    loaded, keep = kept.prompts.load(model, cache, visibility, given, per_tile, masked)
+    told = {
+        "prefix": (prompts.documents == PREFIX).sum(1).repeat(copies),
+        "counts": (given.documents != PADDING).sum(1).tolist() * copies,
+        "loaded": loaded,
+        "keep": keep,
+    }
+    return Stream(model, stream, positions, lengths, length, visibility, cache, copies=copies, **told)
 
 
 def _lengths(model: Any, prompts: Batch) -> Tensor:
@@ -247,7 +255,7 @@ def likelihoods(
     batch_size: int,
     cfg_scale: float,
     use_cache: bool | None,
-    images: EncodedImages | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """log p(answer | prompt) in nats for each pair, [B] float64 (see `samplers.likelihood`).
 
@@ -274,7 +282,7 @@ def likelihoods(
             )
         cached = keeps_cache(model, prompt, kind, use_cache)
         masked = mask_id if cfg_scale else None
-        stream = stream_of(model, prompt, len(answer), kind, cached=cached, masked=masked, images=images)
+        stream = stream_of(model, prompt, len(answer), kind, cached=cached, masked=masked, kept=kept)
         predict = WholePredictor(stream, cfg_scale=cfg_scale)
         found.append(likelihood(predict, answer, views, mask_id, batch_size))
     return torch.stack(found)

@@ -22,9 +22,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from dmllm.computed import Kept
 from dmllm.data.answers import completed
 from dmllm.data.chat import as_messages
-from dmllm.encoded import EncodedImages
 from dmllm.nn.visibility import check_layout
 from dmllm.predictor import keeps_cache, stream_of
 from dmllm.registry import nearest
@@ -62,7 +62,7 @@ class Question:
         cfg_scale: guidance, as in decoding; 0 is none.
         use_cache: None keeps the prompt's keys and values where that changes nothing; False never.
         visibility: a name of `LAYOUTS` or block:N; None is the model's own.
-        images: where pictures are encoded, or were.
+        kept: what earlier requests have computed.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Question:
         cfg_scale: float = 0.0,
         use_cache: bool | None = None,
         visibility: str | None = None,
-        images: EncodedImages | None = None,
+        kept: Kept | None = None,
     ):
         assert len(prompt) == 1, "one question at a time"
         kind = visibility or model.config.visibility
@@ -84,11 +84,10 @@ class Question:
         kind = kind if self.block_length is None else f"block:{self.block_length}"
         cached = keeps_cache(model, prompt, kind, use_cache)
         masked = mask_id if cfg_scale else None
-        self.stream = stream_of(model, prompt, longest, kind, cached=cached, masked=masked, images=images)
+        self.stream = stream_of(model, prompt, longest, kind, cached=cached, masked=masked, kept=kept)
         self.given = prompt.input_ids.shape[1]
         if cached:
-            whole = self.given // (self.block_length or 1) * (self.block_length or 1)
-            self.stream.store(torch.full_like(self.stream.lengths, whole), whole)
+            self.stream.store(self.block_length or 1)
 
     @property
     def exact(self) -> bool:
@@ -195,7 +194,7 @@ def _values(
 ) -> tuple[list[Tensor], Noise]:
     """What the views say of each answer's blocks, [S, blocks] each, and the noise that they have in common."""
     longest, device = max(map(len, ids)), pipeline.model.device
-    question = Question(pipeline.model, prompt, longest, pipeline.special.mask, images=pipeline.images, **options)
+    question = Question(pipeline.model, prompt, longest, pipeline.special.mask, kept=pipeline.kept, **options)
     noise = Noise.draw(num_samples, longest, generator, len(question.blocks(longest)))
     answers = [(torch.tensor(own, device=device), torch.arange(len(own))) for own in ids]
     return [question.values(*answer, noise, batch_size).cpu() for answer in answers], noise

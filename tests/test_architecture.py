@@ -30,16 +30,17 @@ LEVELS = {
     "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1,
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
-    "requests": 3, "replies": 3, "encoded": 4, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4, "pipeline": 4,
-    "constraints": 4, "animation": 4, "auto": 4,
+    "requests": 3, "replies": 4, "encoded": 4, "computed": 4, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4,
+    "pipeline": 4, "constraints": 4, "animation": 4, "auto": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 SIBLINGS = {
-    ("config", "registry"), ("checkpoints", "families"), ("predictor", "encoded"), ("logits", "encoded"),
-    ("scoring", "encoded"), ("scoring", "predictor"), ("infilling", "predictor"), ("infilling", "scoring"),
-    *(("pipeline", part) for part in ("encoded", "predictor", "constraints", "logits", "scoring", "infilling")),
+    ("config", "registry"), ("checkpoints", "families"), ("computed", "encoded"), ("logits", "encoded"),
+    ("predictor", "computed"), ("scoring", "computed"), ("scoring", "predictor"), ("infilling", "predictor"),
+    ("infilling", "scoring"), ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
+    *(("pipeline", part) for part in ("predictor", "constraints", "logits", "scoring", "infilling")),
 }  # fmt: skip
 OPTIONAL = {
     "timm", "open_clip", "torchvision", "matplotlib", "sklearn", "pycocoevalcap", "datasets", "wandb", "trackio",

@@ -67,7 +67,7 @@ def make(visibility: str = "full", *, image_prefix: bool = False, spread: float 
             torch.nn.init.normal_(parameter, std=spread)
     tiling = TilingConfig(tile_size=(16, 16), grid=(2, 2))
     processor = Processor(tokenizer, ProcessorConfig(tiling=tiling, image_prefix=image_prefix), config.special)
-    return Pipeline(model, processor, {"max_new_tokens": 8})
+    return Pipeline(model, processor, {"max_new_tokens": 8}, prompt_room=0)
 
 
 @pytest.fixture(scope="module", params=KINDS)

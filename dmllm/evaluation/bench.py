@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None, config: BenchConfig | None = None) -
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     config = config or BenchConfig(seconds=arguments.seconds)
-    pipeline = load(arguments.model)
+    pipeline = load(arguments.model, prompt_room=0)  # rounds ask the same again
     _say(_about(arguments.model, pipeline))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -10,6 +10,7 @@ Shapes: B rows of the batch, L rows fed, S places, K rows asked for, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from dmllm.nn.fused import write
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
+
+EMPTY = {"document": PADDING, "positions": -1}  # what is kept by these names where nothing stands; 0 by others
 
 
 class KVCache:
@@ -74,21 +77,15 @@ class KVCache:
     def keys(self, visibility: Visibility) -> tuple[Visibility, Tensor]:
         """The rule for all places in use once the rows of `visibility` [B, L] stand in theirs, and these places."""
         rank, canvas, document = (
-            self._write(name, value, fill)
-            for name, value, fill in (
-                ("rank", visibility.rank, 0),
-                ("canvas", visibility.canvas, False),
-                ("document", visibility.document, PADDING),
-            )
+            self._write(name, getattr(visibility, name)) for name in ("rank", "canvas", "document")
         )
         return Visibility(rank, canvas, document), self._at(visibility.rank)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps a layer's new keys and values [B, heads, L, head_dim]; returns those of all places in use."""
-        if layer == len(self._keys):
-            for kept, new in ((self._keys, keys), (self._values, values)):
-                batch = self._batch(new)
-                kept.append(new.new_zeros(batch, new.shape[1], self.size + 1, new.shape[3]))
+        batch = self._batch(keys)
+        for kept, new in ((self._keys, keys), (self._values, values)):
+            self._of_layer(kept, layer, new, batch)
         return self._exchange(self._keys[layer], keys), self._exchange(self._values[layer], values)
 
     def predicting(self, hidden: Tensor, positions: Tensor, visibility: Visibility, rows: Tensor) -> Tensor:
@@ -97,8 +94,8 @@ class KVCache:
         A token is predicted by the row that it sees at the position before its own, in the place it has been left in;
         the first of a document, which sees none, by its own row. Returns [B, K, D].
         """
-        known = self._write("hidden", hidden, 0)
-        where = self._write("positions", positions, -1)
+        known = self._write("hidden", hidden)
+        where = self._write("positions", positions)
         if "before" not in self.plan:
             sees, own = self.keys(visibility)
             before = visibility.dense(sees, own)[:, 0] & (where[:, None] == positions[:, :, None] - 1)  # [B, L, S]
@@ -115,6 +112,32 @@ class KVCache:
         chosen._values = [kept.index_select(0, rows) for kept in self._values]
         return chosen
 
+    @property
+    def bytes(self) -> int:
+        """What stands in one place of one row."""
+        layers = [x[0, :, 0] for x in (*self._keys, *self._values)]
+        return sum(x.nbytes for x in (*layers, *(kept[0, 0] for kept in self._kept.values())))
+
+    def save(self, row: int, count: int) -> dict[str, Tensor]:
+        """A copy of what stands in the first `count` places of a row of the batch, by name: [count, ...] each."""
+        saved = {name: kept[row, :count].clone() for name, kept in self._kept.items()}
+        layers = {"keys": self._keys, "values": self._values}
+        of_layers = {n: torch.stack([x[row, :, :count].transpose(0, 1) for x in kept], 1) for n, kept in layers.items()}
+        return {**saved, **of_layers}
+
+    def load(self, rows: Sequence[Mapping[str, Tensor]]) -> None:
+        """Puts what was saved, or the first places of it, back into each row of the batch; of {} nothing."""
+        layers = {"keys": self._keys, "values": self._values}
+        for row, saved in enumerate(rows):
+            for name, value in saved.items():
+                self._reach = max(self._reach, len(value))
+                if name not in layers:
+                    self._named(name, value[None], len(rows))[row, : len(value)] = value
+                    continue
+                for layer, part in enumerate(value.unbind(1)):  # [n, heads, head_dim]
+                    new = part.transpose(0, 1)
+                    self._of_layer(layers[name], layer, new[None], len(rows))[row, :, : len(value)] = new
+
     def _at(self, like: Tensor) -> Tensor:
         """The places of the rows now fed, [B, L]."""
         assert self._places is not None, "put() says where rows are written"
@@ -126,12 +149,23 @@ class KVCache:
         known = next(iter(self._kept.values()), new)
         return known.shape[0]
 
-    def _write(self, name: str, new: Tensor, fill: int) -> Tensor:
+    def _named(self, name: str, like: Tensor, batch: int) -> Tensor:
+        """The buffer of values like [B', L, ...], made if there is none."""
+        if name not in self._kept:
+            shape = batch, self.size + 1, *like.shape[2:]
+            self._kept[name] = like.new_full(shape, EMPTY.get(name, 0))
+        return self._kept[name]
+
+    def _of_layer(self, kept: list[Tensor], layer: int, like: Tensor, batch: int) -> Tensor:
+        """The buffer of a layer's keys or values like [B', heads, L, head_dim], made if there is none."""
+        if layer == len(kept):
+            kept.append(like.new_zeros(batch, like.shape[1], self.size + 1, like.shape[3]))
+        return kept[layer]
+
+    def _write(self, name: str, new: Tensor) -> Tensor:
         """Keeps values [B, L, ...] by name; returns those of all places in use."""
         places = self._at(new)
-        if name not in self._kept:
-            self._kept[name] = new.new_full((self._batch(new), self.size + 1, *new.shape[2:]), fill)
-        kept = self._kept[name]
+        kept = self._named(name, new, self._batch(new))
         row = self._rows if self._rows is not None else torch.arange(len(new), device=new.device)
         kept[row[:, None], places] = new
         return (kept if self._rows is None else kept[self._rows])[:, : self._reach]

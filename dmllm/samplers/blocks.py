@@ -74,13 +74,13 @@ class BlockPredictor:
         self.stream, self.block_length, self.cfg_scale = stream, canvas.block_length, cfg_scale
         self._behind = behind
         self._ids = canvas.ids.repeat(stream.copies, 1)  # of the canvas, as they were fed last
-        self._stored = torch.zeros_like(stream.lengths)  # blocks
+        self._stored = torch.tensor(stream.loaded, device=stream.lengths.device) // self.block_length  # blocks
         self._sub_block_length = sub_block_length if stream.cache is not None else None
         self._begun = torch.full_like(stream.lengths, -1)  # the block whose keys and values are those of other calls
         if stream.cache is not None:
             stream.cache.exact = sub_block_length is None
         if stream.cache is not None and stream.static:  # so that every call is as wide: the active block and one before
-            stream.store(stream.lengths // self.block_length * self.block_length, stream.given)
+            stream.store(self.block_length)
 
     @torch.no_grad()
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
@@ -113,5 +113,6 @@ class BlockPredictor:
         )
         window = self.stream.run(start, torch.cat([end[:, None], asked + 1], 1).amax(1), width)
         logits = self.stream.feed(ids, *window, asked, canvas.time.repeat(twice))
+        self.stream.stored()
         self._stored = block + complete if self.stream.cache is not None else self._stored
         return guided(logits, self.cfg_scale)

@@ -11,6 +11,7 @@ S >= P + N places, W rows fed, K positions asked for, D hidden.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Stream:
         cache: with S places; None feeds everything that is to be seen.
         copies: rows for each request: 2 under guidance, the second time without their prompts.
         prefix: [B], how many of the prompts' first rows are of document PREFIX; None is none.
+        counts: `lengths` as numbers on the host; None reads them.
+        loaded: how many of each prompt's first rows stand in the cache already; None is none.
+        keep: called once those rows of all prompts stand there that are the same whatever comes behind them.
     """
 
     def __init__(
@@ -50,10 +54,15 @@ class Stream:
         *,
         copies: int = 1,
         prefix: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+        loaded: Sequence[int] | None = None,
+        keep: Callable[[], None] | None = None,
     ):
         self.model, self.lengths, self.length, self.visibility, self.cache = model, lengths, length, visibility, cache
         self.copies = copies
         self.static = is_static(lengths.device)
+        self.loaded = [0] * len(lengths) if loaded is None else list(loaded)
+        self._counts, self._keep = lengths.tolist() if counts is None else list(counts), keep
         self._prompts, self._positions = prompts, positions
         self._prefix = torch.zeros_like(lengths) if prefix is None else prefix
         self._captures = self.static and cache is not None and capturable(model)
@@ -76,7 +85,7 @@ class Stream:
         rows = torch.cat([rows + copy * len(known) for copy in range(self.copies)])
         self._prompts, self.lengths, self._prefix = self._prompts[rows], self.lengths[rows], self._prefix[rows]
         self._positions, self._window = self._positions.index_select(-2, rows), None
-        self.cache = None if self.cache is None else self.cache.select(rows)
+        self.cache, self._keep = None if self.cache is None else self.cache.select(rows), None
         return rows
 
     def fork(self, count: int) -> Stream:
@@ -104,12 +113,22 @@ class Stream:
         return self._window[2], self._window[3]
 
     @torch.no_grad()
-    def store(self, end: Tensor, width: int) -> None:
-        """Computes the prompts up to `end` [B], at most `width`, for the cache alone."""
-        if width:
+    def store(self, multiple: int = 1) -> None:
+        """Computes the prompts for the cache alone, as far as they are whole multiples of so many rows; what has been
+        loaded, in whole multiples too, is not computed again."""
+        ends = [count // multiple * multiple for count in self._counts]
+        if width := max((end - known for end, known in zip(ends, self.loaded, strict=True)), default=0):
+            first, end = (torch.tensor(places, device=self.lengths.device) for places in (self.loaded, ends))
             nothing = torch.zeros(len(end), max(self.length, 1), dtype=torch.int64, device=end.device)
-            window = self.run(torch.zeros_like(end), end, width)
+            window = self.run(first, end, width)
             self.feed(nothing, *window, nothing[:, :0], nothing[:, 0].float())
+        self.stored()
+
+    def stored(self) -> None:
+        """Says that the prompts' rows are in place, as far as they do not depend on the canvas."""
+        if self._keep is not None:
+            self._keep()
+            self._keep = None
 
     def feed(
         self, ids: Tensor, places: Tensor, real: Tensor, asked: Tensor, time: Tensor, rows: Tensor | None = None

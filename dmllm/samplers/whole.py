@@ -38,7 +38,7 @@ class WholePredictor:
         self.stream, self.cfg_scale, self._masks_draft = stream, cfg_scale, cfg_masks_draft
         self._block_length, self._blocks_ahead = block_length, blocks_ahead
         if stream.cache is not None:
-            stream.store(stream.lengths, stream.given)
+            stream.store()
 
     @torch.no_grad()
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def make(shift: bool = False, visibility: str = "block:4") -> Pipeline:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    return Pipeline(model, None, {"max_new_tokens": 11, "eos_token_id": []})
+    return Pipeline(model, None, {"max_new_tokens": 11, "eos_token_id": []}, prompt_room=0)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["aligned", "shifted"])
