@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dmllm.computed import ComputedPrompts, contents_of
+from dmllm.nn.cache import KVCache
+from dmllm.nn.graphs import Workspaces
 from dmllm.pipeline import Pipeline
 from dmllm.types import ROW_BREAK, TEXT, Batch
 from tests.samplers.test_blocks import make as on_ids
@@ -128,11 +130,37 @@ def test_of_a_batch_some_rows_may_be_known(kind: str, options: dict, shift: bool
     if static:
         act(monkeypatch)
     pipeline.generate(ids[:2], mask[:2], generator=seeds()[:2], **options)
-    ids[2:4, :6], mask[2] = ids[0, :6], 1  # to the middle of a block
+    ids[2:4, :6], ids[4, :2] = ids[0, :6], ids[0, :2]
+    mask[2::2] = 1  # to the middle of the second block, and of the first
     for _ in range(2):
         mine, theirs = (p.generate(ids, mask, generator=seeds(), **options) for p in (pipeline, plain))
         assert torch.equal(mine.sequences, theirs.sequences)
         assert torch.equal(mine.num_forwards, theirs.num_forwards)
+    assert pipeline.prompts.hits > 0
+
+
+class Handed(Workspaces):
+    """Buffers that go from request to request, as on a GPU."""
+
+    def take(self, batch: int, size: int, model: Any) -> KVCache:
+        for cache in [cache for owner, cache in self._idle if owner == (batch, 64)]:
+            cache.clear()
+            return cache
+        cache = KVCache(64)
+        cache.owner = (batch, 64)
+        return cache
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_that_another_request_has_left_hold_what_is_known(kind: str, shift: bool, monkeypatch) -> None:
+    plain = on_ids(shift, kind)
+    pipeline = keeping(plain)
+    pipeline._workspaces = Handed()
+    act(monkeypatch)
+    for ids in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3]):
+        mine, theirs = (p.generate([ids], max_new_tokens=8) for p in (pipeline, plain))
+        assert torch.equal(mine.sequences, theirs.sequences)
     assert pipeline.prompts.hits > 0
 
 
