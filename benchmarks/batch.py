@@ -30,7 +30,7 @@ from dmllm.evaluation.rounds import Spread, ratio, sheet, short
 from dmllm.pipeline import Pipeline, load
 
 SMALL = Shape(width=192, layers=6, heads=6, inner=512, vocabulary=512, prompt=96, tokens=32, block=8, per_call=2)
-SHAPES = {"small": SMALL, "large": Shape(tokens=64)}
+SHAPES = {"small": SMALL, "large": Shape(prompt=256, tokens=64)}
 KEPT: dict[str, dict[str, Any]] = {
     "no cache": {},
     "dual cache": {"cache": "dual"},
@@ -71,7 +71,7 @@ def answer(pipeline: Pipeline, shape: Shape, kept: dict[str, Any], asked: list[T
 def measure(shape: Shape, sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Rows for each way and size."""
     with tempfile.TemporaryDirectory() as name:
-        pipeline = load(str(shapes.write(shape, Path(name) / "model")), device="cpu")
+        pipeline = load(str(shapes.write(shape, Path(name) / "model")), device="cpu", prompt_room=0)
     rows = []
     for kept, options in KEPT.items():
         for size in sizes:
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.batch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 4, 8])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="runs/bench/batch.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -102,7 +102,7 @@ def from_left_to_right(pipeline: Pipeline, questions: list[Question], tokens: fl
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON has it."""
     about, loads = machine.about(), [machine.load_average()]
-    pipeline = load(arguments.model, device="cpu")
+    pipeline = load(arguments.model, device="cpu", image_room=0, prompt_room=0)  # the same is asked again
     length = pipeline.decode_config().max_new_tokens
     with tempfile.TemporaryDirectory() as name:
         questions = questions_of(arguments.kinds, arguments.pictures, Path(name), arguments.seed)
@@ -230,7 +230,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     kinds = list(found["questions"])
     figure, panels = pyplot.subplots(len(kinds), 2, figsize=(10, 3.6 * len(kinds)), squeeze=False, sharey="row")
@@ -245,6 +247,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         right.axvline(1e3 * beside["seconds"], color="grey", linestyle=":")
         for panel, what in ((left, "model calls an answer"), (right, "processor ms an answer")):
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.set_ylim(min(89.0, *(100 * row["score"] - 1 for row in rows)), 101)  # a point is little
             panel.set_xlabel(what)
             panel.grid(alpha=0.3, which="both")
         left.set_ylabel(f"{kind}, %")
