@@ -96,6 +96,6 @@ class ApproximatePredictor:
         """All places but those of images, in order, [B, W]; and which of them are real."""
         text = ~images & (torch.arange(images.shape[1], device=images.device) < (lengths + self.stream.length)[:, None])
         count = text.sum(1)
-        places = (~text).long().argsort(1, stable=True)[:, : int(count.max())]
+        places = (~text).long().argsort(dim=1, stable=True)[:, : int(count.max())]
         real = torch.arange(places.shape[1], device=places.device) < count[:, None]
         return places.masked_fill(~real, images.shape[1]), real
