@@ -63,5 +63,6 @@ def test_the_settings_of_the_page_on_decoding_are_settings() -> None:
     assert len(found) == 15
     for options in found:
         decode_config({"block_length": 32, **options})
-    names = set(re.findall(r"`([a-z]+_[a-z_]+)", page)) - {"generation_config", "num_forwards", "use_cache", "image_prefix"}
+    others = {"generation_config", "num_forwards", "use_cache", "image_prefix"}
+    names = set(re.findall(r"`([a-z]+_[a-z_]+)", page)) - others
     assert not names - vars(DecodeConfig()).keys()
