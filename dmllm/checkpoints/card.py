@@ -99,7 +99,9 @@ def describe(model: MultimodalModel, tiling: TilingConfig | None) -> dict[str, s
         "image": image,
         "tokens per image": "none" if tiling is None else _rows_of_images(tiling),
         "visibility": config.visibility,
-        "cache": "none is exact: the prompt sees the canvas" if seen else "exact: what is known is computed once",
+        "cache": "approximate, on demand: cache=prefix or dual; none is exact, as the prompt sees the canvas"
+        if seen
+        else "exact: what is known is computed once",
         "special ids": ", ".join(f"{k} {v}" for k, v in vars(config.special).items()),
     }
 
