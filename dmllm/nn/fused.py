@@ -6,7 +6,7 @@ little data takes as long as on much. Elsewhere these are the plain functions th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -68,14 +68,17 @@ def write(kept: Tensor, new: Tensor, places: Tensor) -> None:
 
 
 def pack(*layers: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """One weight, and bias, of several layers that read the same rows; the layers' own become parts of it."""
-    weight = torch.cat([layer.weight.data for layer in layers])
-    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
-        layer.weight.data = part
-    biases = [layer.bias for layer in layers]
-    if any(bias is None for bias in biases):
-        return weight, None
-    return weight, torch.cat([bias.data for bias in biases])
+    """One weight, and bias, of several layers that read the same rows; the layers' own become parts of them."""
+    sizes = [layer.out_features for layer in layers]
+
+    def joined(parameters: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, whole.split(sizes), strict=True):
+            parameter.data = part
+        return whole
+
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return joined([layer.weight for layer in layers]), joined(biases) if len(biases) == len(layers) else None
 
 
 class Packed:
