@@ -25,9 +25,10 @@ class Draws:
     num_examples: int  # in the whole step, over all micro-batches and processes
     indices: Tensor  # [B] int64, global example indices
 
-    def uniform(self, length: int) -> Tensor:
-        """[B, length] in [0, 1), float32, on the CPU; a prefix of what a greater length would give."""
-        rows = [self._generator(int(index)).random(length, dtype=np.float32) for index in self.indices]
+    def uniform(self, length: int, stream: int = 0) -> Tensor:
+        """[B, length] in [0, 1), float32, on the CPU; a prefix of what a greater length would give. Another `stream`
+        gives other numbers, for what is drawn besides."""
+        rows = [self._generator(int(index), stream).random(length, dtype=np.float32) for index in self.indices]
         return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length)
 
     def stratified(self, strata: int = 1) -> Tensor:
@@ -42,6 +43,6 @@ class Draws:
         column = torch.arange(strata, dtype=torch.float64) * GOLDEN
         return ((offset + place[:, None] + column) % 1.0).float().clamp(max=1 - 2**-24)
 
-    def _generator(self, index: int) -> np.random.Generator:
-        counter = [0, 0, index + 1, self.step]  # the first two words are the generator's own running count
+    def _generator(self, index: int, stream: int = 0) -> np.random.Generator:
+        counter = [0, stream, index + 1, self.step]  # the first word is the generator's own running count
         return np.random.Generator(np.random.Philox(counter=counter, key=self.seed))
