@@ -14,6 +14,7 @@ from dmllm.nn.visibility import Visibility
 from dmllm.objectives import build_objective
 from dmllm.objectives.draws import Draws
 from dmllm.types import IGNORE, PADDING, PREFIX, Batch, SpecialTokens
+from tests.exact import Joint
 
 MASK = 11
 SPECIAL = SpecialTokens(mask=MASK, eos=10, pad=10)
@@ -125,28 +126,6 @@ def test_with_blocks_of_one_hidden_token_it_is_next_token_prediction():
     assert mean(learned, model, noised) == pytest.approx(-float(torch.cat(scores, 1).mean()), rel=1e-5)
 
 
-class Table:
-    """Exact conditionals of a joint over `length` tokens, given what the rule of attention shows a row."""
-
-    def __init__(self, vocab: int, length: int):
-        generator = torch.Generator().manual_seed(0)
-        self.texts = torch.cartesian_prod(*[torch.arange(vocab)] * length)
-        self.probs = torch.randn(len(self.texts), generator=generator, dtype=torch.float64).mul(1.5).softmax(0)
-        self.vocab, self.length = vocab, length
-
-    def __call__(self, *, input_ids, positions, visibility, rows, **_):
-        seen = visibility.dense()[:, 0].flatten(0, 1)[rows]  # [N, L]
-        row, place = rows // input_ids.shape[1], positions.flatten()[rows]
-        shown = seen & (input_ids[row] != MASK)
-        known = torch.full((len(rows), self.length), -1).scatter_reduce_(
-            1, positions[row], torch.where(shown, input_ids[row], -1), "amax"
-        )
-        fits = ((known[:, None] == self.texts) | (known[:, None] == -1)).all(-1) * self.probs  # [N, X]
-        mass = torch.zeros(len(rows), 12, dtype=torch.float64)
-        mass = mass.scatter_add_(1, self.texts[:, place].T, fits)
-        return SimpleNamespace(logits=mass.div(mass.sum(-1, keepdim=True)).log().float().clamp(min=-1e30))
-
-
 @pytest.mark.parametrize(
     ("length", "options"),
     [
@@ -157,12 +136,11 @@ class Table:
     ],
 )
 def test_with_exact_conditionals_the_bound_is_the_entropy_of_the_data_for_every_block_length(length, options):
-    model = Table(3, 4)
-    entropy = float(-(model.probs * model.probs.log()).sum()) / 4
-    chosen = torch.multinomial(model.probs, 20_000, replacement=True, generator=torch.Generator().manual_seed(1))
-    batch = batch_of(model.texts[chosen])
+    joint = Joint(3, 4, mask=MASK)
+    batch = batch_of(joint.draw(20_000))
     learned = objective(f"block:{length}", **options)
-    assert mean(learned, model, learned.prepare(batch, draws_for(batch))) == pytest.approx(entropy, rel=0.02)
+    found = mean(learned, joint.score, learned.prepare(batch, draws_for(batch)))
+    assert found == pytest.approx(joint.entropy / 4, rel=0.02)
 
 
 def test_a_uniform_predictor_scores_log_v_in_a_clipped_range_too():

@@ -1,6 +1,5 @@
 """Truths of the masked objective, against table models whose conditionals are exact."""
 
-import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from dmllm.objectives.draws import Draws
 from dmllm.objectives.loss import normalise, padding_as_one
 from dmllm.objectives.views import repeat_batch
 from dmllm.types import IGNORE, PADDING, PREFIX, Batch, SpecialTokens
+from tests.exact import Joint
 
 SPECIAL = SpecialTokens(mask=3, eos=2, pad=2)
 SCHEDULE_NAMES = [("linear", {}), ("cosine", {}), ("polynomial", {"power": 2.0}), ("polynomial", {"power": 1.5})]
@@ -44,37 +44,11 @@ def mean_loss(objective, model, batch, step=0):
     return float(loss.total / loss.count)
 
 
-class TableModel:
-    """Exact conditionals p(x_i | visible tokens) of a joint distribution over V^L, computed by enumeration."""
-
-    def __init__(self, joint: torch.Tensor):
-        self.joint = joint  # [V, V, ..., V]
-        self.size, self.length = joint.shape[0], joint.ndim
-        self.states = torch.tensor(list(itertools.product(range(self.size), repeat=self.length)))
-        self.p = joint.flatten()
-
-    def __call__(self, *, input_ids, rows, **_):
-        batch, length = input_ids.shape
-        fits = ((input_ids[:, None] == self.states) | (input_ids[:, None] == SPECIAL.mask)).all(-1)  # [B, S]
-        weight = fits * self.p
-        onehot = torch.nn.functional.one_hot(self.states, self.size).to(weight)  # [S, L, V]
-        marginal = torch.einsum("bs,slv->blv", weight, onehot)
-        logits = torch.full((batch, length, self.size + 1), -1e30)
-        logits[..., : self.size] = marginal.div(marginal.sum(-1, keepdim=True)).log().float().clamp(min=-1e30)
-        return SimpleNamespace(logits=logits.flatten(0, 1)[rows])
-
-
 @pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
 def test_with_exact_conditionals_the_bound_is_the_entropy_of_the_data(schedule, options):
-    torch.manual_seed(0)
-    joint = torch.rand(3, 3, 3, dtype=torch.float64) ** 3
-    joint = joint / joint.sum()
-    model = TableModel(joint)
-    entropy = float(-(model.p * model.p.log()).sum()) / 3
+    joint = Joint(3, 3, mask=SPECIAL.mask)
     objective = build_objective("masked", {"schedule": schedule, "schedule_options": options}, SPECIAL, "full")
-    generator = torch.Generator().manual_seed(1)
-    chosen = torch.multinomial(model.p, 120_000, replacement=True, generator=generator)
-    assert mean_loss(objective, model, batch_of(model.states[chosen])) == pytest.approx(entropy, rel=0.02)
+    assert mean_loss(objective, joint.score, batch_of(joint.draw(40_000))) == pytest.approx(joint.entropy / 3, rel=0.02)
 
 
 @pytest.mark.parametrize(("schedule", "options"), SCHEDULE_NAMES)
