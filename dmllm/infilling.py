@@ -22,8 +22,9 @@ from dmllm.predictor import prepare
 from dmllm.requests import Seeds, row_generators, split_requests
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
-from dmllm.samplers.denoise import Predict, denoise
+from dmllm.samplers.denoise import denoise
 from dmllm.samplers.likelihood import Noise
+from dmllm.samplers.process import Predict
 from dmllm.scoring import Question
 from dmllm.types import IGNORE, TEXT, Batch, Example
 

@@ -20,15 +20,17 @@ from torch.nn import functional as F
 from dmllm.computed import Kept, is_timed
 from dmllm.nn.graphs import Workspaces
 from dmllm.nn.visibility import check_layout
+from dmllm.samplers import PROCESSES
 from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.constraint import Constraint
-from dmllm.samplers.denoise import Predict, denoise
+from dmllm.samplers.denoise import denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import draw_views, likelihood
 from dmllm.samplers.policy import CachePolicy
+from dmllm.samplers.process import Predict
 from dmllm.samplers.stream import Stream
 from dmllm.samplers.whole import WholePredictor
 from dmllm.types import PADDING, PREFIX, TEXT, Batch, Step
@@ -101,6 +103,7 @@ def decode(
     predict: Predict,
     canvas: Canvas,
     config: DecodeConfig,
+    process: str,
     draws: list[Generator],
     length: int,
     workspaces: Workspaces,
@@ -108,7 +111,7 @@ def decode(
 ) -> Iterator[Step]:
     """The steps of `denoise`, the canvas cut to `length` tokens; in the end its cache goes back to `workspaces`."""
     try:
-        for step in denoise(predict, canvas, config, draws, constraint):
+        for step in denoise(predict, canvas, config, draws, constraint, process=PROCESSES.load(process)):
             yield replace(step, ids=step.ids[:, :length], committed=step.committed[:, :length])
     finally:
         workspaces.give(predict.stream.cache if isinstance(predict, PREDICTORS) else None)

@@ -29,8 +29,8 @@ from dmllm.nn.visibility import check_layout
 from dmllm.predictor import keeps_cache, stream_of
 from dmllm.registry import nearest
 from dmllm.samplers.canvas import Canvas
-from dmllm.samplers.denoise import Predict
 from dmllm.samplers.likelihood import Noise, bound
+from dmllm.samplers.process import Predict
 from dmllm.samplers.stream import Stream, guided
 from dmllm.types import Batch, Example
 

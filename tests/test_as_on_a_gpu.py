@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import dmllm.samplers.absorbing
 import dmllm.samplers.ahead
 import dmllm.samplers.denoise
 import dmllm.samplers.stream
@@ -17,6 +18,7 @@ TEXTS = ["A [MASK:1..3] is left of the [MASK:2].", "[MASK:4]", "a[MASK]b [MASK:2
 def act(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmllm.samplers.stream, "is_static", lambda device: True)
     monkeypatch.setattr(dmllm.samplers.denoise, "is_static", lambda device: True)
+    monkeypatch.setattr(dmllm.samplers.absorbing, "is_static", lambda device: True)
     monkeypatch.setattr(dmllm.samplers.stream, "Graphed", Replayed)
     monkeypatch.setattr(dmllm.samplers.ahead, "Flag", Late)
 

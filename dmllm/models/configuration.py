@@ -21,6 +21,8 @@ class DmllmConfig(PreTrainedConfig):
     unused: weights that the published checkpoint stores and the model does not read, name -> shape: kept as buffers, so
         that it can be written back.
     shift: whether a token is predicted by the row before it (Dream); logits are aligned all the same.
+    process: what the model undoes, a name of `samplers.PROCESSES`.
+    heads: what it says beside the logits, name -> options (`models.heads`).
     family, published: for a model that came from a published checkpoint, the name of its family and the config.json it
         had, so that it can be written back. published_names: where the family has several names for a weight, that
         checkpoint's.
@@ -42,6 +44,8 @@ class DmllmConfig(PreTrainedConfig):
         tiling: dict[str, Any] | None = None,
         unused: dict[str, list[int]] | None = None,
         shift: bool = False,
+        process: str = "absorbing",
+        heads: dict[str, dict[str, Any]] | None = None,
         family: str | None = None,
         published: dict[str, Any] | None = None,
         published_names: list[str] | None = None,
@@ -58,6 +62,8 @@ class DmllmConfig(PreTrainedConfig):
         self.tiling = tiling
         self.unused = unused
         self.shift = shift
+        self.process = process
+        self.heads = heads or {}
         self.family = family
         self.published = published
         self.published_names = published_names or []

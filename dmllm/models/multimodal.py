@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from dmllm.models.backbones import BACKBONES
 from dmllm.models.configuration import DmllmConfig
+from dmllm.models.heads import build_head
 from dmllm.models.projectors import ProjectorConfig, build_projector, resize_maps
 from dmllm.models.vision import VisionConfig, build_vision
 from dmllm.nn.cache import KVCache
@@ -36,11 +37,13 @@ from dmllm.types import PADDING, ROW_BREAK, TEXT
 
 @dataclass
 class MultimodalOutput(ModelOutput):
-    """logits [B, L, V], or at the rows asked for; hidden [B, L, D]; aux: the backbone's further losses by name."""
+    """logits [B, L, V], or at the rows asked for; hidden [B, L, D]; aux: the backbone's further losses by name; heads:
+    what further heads say, by name."""
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     aux: dict[str, Tensor] | None = None
+    heads: dict[str, Tensor] | None = None
 
 
 class MultimodalModel(PreTrainedModel):
@@ -75,6 +78,7 @@ class MultimodalModel(PreTrainedModel):
             )
         if config.row_break:
             self.row_break = nn.Parameter(torch.empty(self.stream_width))
+        self.heads = nn.ModuleDict({name: self._head(name, options) for name, options in config.heads.items()})
         if config.unused:
             self.unused = Unused(config.unused)
         self.post_init()
@@ -157,6 +161,7 @@ class MultimodalModel(PreTrainedModel):
         time: Tensor | None = None,
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        heads: Mapping[str, Tensor] | None = None,
         **_: Any,
     ) -> MultimodalOutput:
         """Logits of every row, or of `rows`.
@@ -172,6 +177,7 @@ class MultimodalModel(PreTrainedModel):
             visibility: who sees whom; without it, the config's layout with the rows of `canvas` [B, L] bool being
                 denoised (all of them, if that is not said either).
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
+            heads: by name, the rows (as `rows`) at which further heads are asked, which read what logits are made of.
         """
         if inputs_embeds is None:
             assert input_ids is not None, "forward needs input_ids or inputs_embeds"
@@ -180,12 +186,53 @@ class MultimodalModel(PreTrainedModel):
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
-        hidden = output.hidden
-        if self.config.shift:
-            hidden = predicting_rows(hidden, places(positions), visibility, cache, rows)
-        else:
-            hidden = gather_rows(hidden, rows)
-        return MultimodalOutput(logits=self.backbone.unembed(hidden), hidden=output.hidden, aux=output.aux)
+
+        def aligned(asked: Tensor | None) -> Tensor:
+            if self.config.shift:
+                return predicting_rows(output.hidden, places(positions), visibility, cache, asked)
+            return gather_rows(output.hidden, asked)
+
+        said = {name: self.heads[name](aligned(asked), self.backbone) for name, asked in (heads or {}).items()}
+        logits = self.backbone.unembed(aligned(rows))
+        return MultimodalOutput(logits=logits, hidden=output.hidden, aux=output.aux, heads=said or None)
+
+    def adapt(
+        self,
+        *,
+        visibility: str | None = None,
+        shift: bool | None = None,
+        process: str | None = None,
+        time_conditioning: bool = False,
+        heads: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Makes the model one that learns something else: settings of its config, and the parts that it lacks.
+
+        Raises:
+            ValueError: its backbone cannot be told the time, or it has the head with other options.
+        """
+        config = self.config
+        for name, value in (("visibility", visibility), ("shift", shift), ("process", process)):
+            if value is not None:
+                setattr(config, name, value)
+        if time_conditioning and not config.backbone.get("time_conditioning"):
+            if not hasattr(self.backbone, "condition_on_time"):
+                kind = config.backbone.get("type", type(self.backbone).__name__)
+                raise ValueError(f"A backbone of type {kind} cannot be told the time; use a transformer or dit.")
+            self.backbone.condition_on_time()
+            config.backbone = {**config.backbone, "time_conditioning": True}
+        for name, options in (heads or {}).items():
+            if name in config.heads and config.heads[name] != options:
+                raise ValueError(
+                    f"The model has a head {name} with {config.heads[name]}, and {dict(options)} is asked."
+                )
+            if name not in config.heads:
+                head = self._head(name, options).to(self.device, self.dtype)
+                head.initialise()
+                self.heads[name] = head
+                config.heads = {**config.heads, name: dict(options)}
+
+    def _head(self, name: str, options: Mapping[str, Any]) -> Any:
+        return build_head(name, options, self.backbone.config.hidden_size, self.backbone.config.vocab_size)
 
     def _defaults(
         self,
@@ -230,6 +277,8 @@ class MultimodalModel(PreTrainedModel):
     def initialise(self) -> None:
         """Random weights for a model from scratch: backbone, projector and row break; the tower keeps its library's."""
         self.backbone.initialise()
+        for head in self.heads.values():
+            head.initialise()  # type: ignore[operator]
         if self.projector is not None:
             for module in self.projector.modules():
                 if isinstance(module, nn.Linear):

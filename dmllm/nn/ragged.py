@@ -1,9 +1,10 @@
-"""Packed documents without the waste: the visibility rule document by document, on rows laid end to end.
+"""Rows without the waste: real ones laid end to end, and the visibility rule document by document.
 
 A dense mask over a packed row of L computes L x L scores, most of which are hidden, and every padding row passes
 through every layer. Here padding is left out, rows are sorted by document, and each document attends to the shared
 prefix of its row and to itself. Results are those of the dense form (tests/nn/test_ragged.py). Shapes depend on the
-data, which is free on a CPU and would be a synchronisation on a GPU.
+data, which is free on a CPU and would be a synchronisation on a GPU. With a cache, rows that are fed windows of
+different lengths are laid end to end for all but attention itself (`compact`).
 
 Shapes: N real rows of the batch, G documents, Q and K the longest query and key lists, H heads, d head dimension.
 """
@@ -11,11 +12,13 @@ Shapes: N real rows of the batch, G documents, Q and K the longest query and key
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmllm.nn.cache import KVCache
 from dmllm.nn.visibility import Visibility, visible
 from dmllm.types import PADDING, PREFIX
 
@@ -33,21 +36,46 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """How the rows of one batch are sorted and grouped. `order` [N] indexes B * L."""
+class EndToEnd:
+    """Which rows of a batch [B, L] are real, in the order in which they are laid: `order` [N] indexes B * L."""
 
     order: Tensor
-    groups: tuple[Group, ...]
-    fused: bool = True  # whether float32 may take the fused kernel
+    shape: torch.Size  # B, L
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[B, L, ...] -> the real rows, sorted, [1, N, ...]."""
+        """[B, L, ...] -> the real rows, in order, [1, N, ...]."""
         return rows.flatten(0, 1).index_select(0, self.order)[None]
 
-    def scatter(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Sorted rows [1, N, D] back into [B, L, D]; padding rows are zero."""
-        empty = rows.new_zeros(shape[0] * shape[1], rows.shape[-1])
-        return empty.index_copy(0, self.order, rows[0]).view(*shape[:2], -1)
+    def scatter(self, rows: Tensor) -> Tensor:
+        """[1, N, D] back into [B, L, D]; padding rows are zero."""
+        empty = rows.new_zeros(self.shape.numel(), rows.shape[-1])
+        return empty.index_copy(0, self.order, rows[0]).view(*self.shape, -1)
+
+
+@dataclass(frozen=True)
+class Compact(EndToEnd):
+    """Rows fed to a cache, which attend by the mask of the whole batch."""
+
+    mask: Any
+
+
+def compact(visibility: Visibility, cache: KVCache, mask: Any) -> Any:
+    """`mask` for rows laid end to end, where some are padding and how many is known without waiting; else `mask`."""
+    if visibility.document.device.type != "cpu":
+        return mask
+    if "compact" not in cache.plan:
+        order = (visibility.document != PADDING).flatten().nonzero().squeeze(1)
+        padded = 0 < len(order) < visibility.document.numel()
+        cache.plan["compact"] = Compact(order, visibility.document.shape, mask) if padded else mask
+    return cache.plan["compact"]
+
+
+@dataclass(frozen=True)
+class Ragged(EndToEnd):
+    """How the rows of one batch are sorted and grouped, without a cache."""
+
+    groups: tuple[Group, ...]
+    fused: bool = True  # whether float32 may take the fused kernel
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, H, N, d], k and v [1, H', N, d] -> [1, H, N, d]."""
@@ -88,7 +116,7 @@ def ragged(visibility: Visibility, *, fused: bool = True) -> Ragged:
             shared = _span(prefix_start[rows[chosen]], prefix_length[rows[chosen]])
             keys = tuple(torch.cat(pair, 1) for pair in zip(shared, queries))
         groups.append(_group(queries, keys, look))
-    return Ragged(order, tuple(groups), fused)
+    return Ragged(order, visibility.document.shape, tuple(groups), fused)
 
 
 def _span(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

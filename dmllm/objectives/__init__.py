@@ -29,6 +29,18 @@ def build_objective(name: str | None, options: dict[str, Any], special: SpecialT
     return objective(config_from(config, options, name), special, visibility)
 
 
+def requirements(name: str | None, options: dict[str, Any], visibility: str) -> dict[str, Any]:
+    """What a model of this visibility must be given before it can learn by the objective: the arguments of its `adapt`.
+
+    Raises:
+        ValueError: as `build_objective`.
+    """
+    name = name or fitting_objective(visibility)
+    objective, config = OBJECTIVES.load(name)
+    asked = getattr(objective, "requires", lambda config, visibility: {})
+    return asked(config_from(config, options, name), visibility)
+
+
 def fitting_objective(visibility: str) -> str:
     """block for a model that denoises block after block, else masked."""
     return "masked" if check_layout(visibility) is None else "block"

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from dmllm.samplers.canvas import Canvas
-from dmllm.samplers.denoise import Predict
+from dmllm.samplers.process import Predict
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dmllm.checkpoints.compose import compose
 from dmllm.config import to_dict
 from dmllm.data.loader import Loader, build_loader
 from dmllm.data.mixture import DataConfig, Mixture, load_mixture, read_data_config
-from dmllm.objectives import build_objective
+from dmllm.objectives import build_objective, requirements
 from dmllm.training.config import TrainConfig
 from dmllm.training.distributed import build_accelerator, split_step
 from dmllm.training.ema import Ema
@@ -63,15 +63,15 @@ def assemble(config: TrainConfig) -> Run:
     configure_torch(config.deterministic)
     torch.manual_seed(config.seed)
     core, processor = compose(config.model)
+    asked = config.objective.name, config.objective.options
+    core.adapt(**requirements(*asked, core.config.visibility))
     set_learning(core, config.parts, compact=config.precision == "bf16" and not accelerator.is_fsdp2)
     core.train()
     if config.gradient_checkpointing:
         core.set_gradient_checkpointing(True)
     if config.compile:
         compile_blocks(core)
-    objective = build_objective(
-        config.objective.name, config.objective.options, core.config.special, core.config.visibility
-    )
+    objective = build_objective(*asked, core.config.special, core.config.visibility)
     optimisers = build_optimisers(core, config.optimiser, config.parts)
     folder = open_run(config, accelerator)
     if config.trackers:

@@ -19,9 +19,9 @@ PARTS = ("vision", "projector", "backbone")
 
 
 def part_of(name: str) -> str:
-    """The part (vision, projector, backbone) that a parameter's name belongs to."""
+    """The part (vision, projector, backbone) that a parameter's name belongs to; heads are of the backbone."""
     root = name.split(".", 1)[0]
-    return "projector" if root == "row_break" else root
+    return {"row_break": "projector", "heads": "backbone"}.get(root, root)
 
 
 def set_learning(model: nn.Module, parts: PartsConfig, *, compact: bool = False) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-import dmllm.samplers.denoise as loop
+import dmllm.samplers.absorbing as loop
 from tests.families.recorded import Recorded
 
 RECORDED = Recorded("fast_dllm_v2")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dmllm.samplers.absorbing
 import dmllm.samplers.ahead
 import dmllm.samplers.denoise
 import dmllm.samplers.stream
@@ -55,6 +56,7 @@ def test_a_gpus_loop_finds_the_tokens_of_a_cpus(visibility: str, settings: dict,
     plain = pipe.generate(*prompts(), generator=seeds(), **settings)
     monkeypatch.setattr(dmllm.samplers.stream, "is_static", lambda device: True)
     monkeypatch.setattr(dmllm.samplers.denoise, "is_static", lambda device: True)
+    monkeypatch.setattr(dmllm.samplers.absorbing, "is_static", lambda device: True)
     monkeypatch.setattr(dmllm.samplers.stream, "Graphed", Replayed)
     monkeypatch.setattr(dmllm.samplers.ahead, "Flag", Late)
     static = pipe.generate(*prompts(), generator=seeds(), **settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dmllm.samplers.denoise as loop
+import dmllm.samplers.absorbing as loop
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.pipeline import Pipeline

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator
 
-import dmllm.samplers.denoise as loop
+import dmllm.samplers.absorbing as loop
 from dmllm.samplers.canvas import Canvas, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.denoise import denoise

@@ -14,7 +14,7 @@ Time: t = 0 is clean, t = 1 is noise. Shapes: B rows, L tokens, D hidden, C cond
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,10 @@ class DiT(nn.Module):
             self.register_buffer("noise_min", torch.tensor(NOISE_EPS))
             self.register_buffer("noise_max", torch.tensor(1.0))
 
+    def condition_on_time(self) -> None:
+        """Read the time from now on."""
+        self.config = replace(self.config, time_conditioning=True)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D]."""
         return self.embed_tokens(ids)
@@ -167,7 +171,7 @@ class DiT(nn.Module):
             else:
                 x = block(x, condition, rotary, mask, cache)
         x = modulate(self.norm(x), *self.modulation(condition).chunk(2, -1))
-        return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, {})
+        return Output(mask.scatter(x) if isinstance(mask, Ragged) else x, {})
 
     def _sigma(self, embeds: Tensor, time: Tensor | None) -> Tensor:
         """Noise levels [B, L], [B, 1], or [1, 1] where all are the same."""

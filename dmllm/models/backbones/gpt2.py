@@ -128,7 +128,7 @@ class GPT2Transformer(nn.Module):
             else:
                 x = block(x, mask, cache)
         x = self.norm(x)
-        return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, {})
+        return Output(mask.scatter(x) if isinstance(mask, Ragged) else x, {})
 
     def _refuse_beyond(self, positions: Tensor, before: int) -> None:
         """Raise ValueError for a position that has no vector.

@@ -10,7 +10,7 @@ Shapes: B rows, L tokens, D hidden, H query heads, G key/value heads, d head dim
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from dmllm.nn.feed_forward import FeedForward
 from dmllm.nn.fused import Packed, project, rotate_both
 from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
-from dmllm.nn.ragged import Ragged, ragged
+from dmllm.nn.ragged import Compact, EndToEnd, Ragged, compact, ragged
 from dmllm.nn.rope import Stretch, places, rotary_tables
+from dmllm.nn.time import TimeEmbedding
 from dmllm.nn.unembedding import Unembedding
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
@@ -67,6 +68,8 @@ class TransformerConfig:
     """Biases on the query, key and value projections (Qwen2, Dream)."""
     moe: MoEConfig | None = None
     """Experts in place of one feed-forward (LLaDA-MoE, LLaDA2), as the fields of `MoEConfig`; None: no experts."""
+    time_conditioning: bool = False
+    """Whether the network is told the time of each row, as an embedding on the stream."""
     tie_word_embeddings: bool = False
     """One matrix for the embedding and the vocabulary projection."""
     attention: str = "auto"
@@ -152,8 +155,11 @@ class Attention(nn.Module):
         self._packed = Packed(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, cache: KVCache | None) -> Tensor:
-        batch, length, _ = x.shape
         q, k, v = project(self._packed, x, self.q_proj, self.k_proj, self.v_proj)
+        end_to_end = mask if isinstance(mask, Compact) else None
+        if end_to_end is not None:
+            q, k, v, mask = *map(end_to_end.scatter, (q, k, v)), end_to_end.mask
+        batch, length, _ = q.shape
         q = self.q_norm(q.view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(k.view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = v.view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -169,7 +175,8 @@ class Attention(nn.Module):
         else:
             mask = mask.to(q.dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
+        return self.o_proj(mixed if end_to_end is None else end_to_end.gather(mixed))
 
 
 class Block(nn.Module):
@@ -206,6 +213,14 @@ class Transformer(nn.Module):
         self.lm_head = Unembedding(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.time_embedding = TimeEmbedding(config.hidden_size) if config.time_conditioning else None
+
+    def condition_on_time(self) -> None:
+        """Be told the time from now on; until something is learned, nothing changes."""
+        weight = self.embed_tokens.weight
+        self.config = replace(self.config, time_conditioning=True)
+        self.time_embedding = TimeEmbedding(self.config.hidden_size).to(weight.device, weight.dtype)
+        self.time_embedding.initialise(self.config.initializer_range)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D]."""
@@ -227,13 +242,17 @@ class Transformer(nn.Module):
 
         Embeddings may be (1 + n) D wide: the k-th D features after the first are added to the stream behind its k-th
         layer (DeepStack, arXiv:2406.04334). They are part of a row, so that whatever moves rows moves them along.
-        `time` is accepted for models conditioned on it; this one is not (MDLM, arXiv:2406.07524, appendix E.5).
+        `time` [B] or [B, L] is read by models conditioned on it (most are not: MDLM, arXiv:2406.07524, appendix E.5).
+
+        Raises:
+            ValueError: such a model was given none.
         """
         config = self.config
         mask = attention_mask(config.attention, visibility, cache, embeds)
-        x, positions = embeds, positions if config.mrope_section else places(positions)
+        mask = mask if cache is None else compact(visibility, cache, mask)
+        positions = positions if config.mrope_section else places(positions)
+        x = mask.gather(embeds) if isinstance(mask, EndToEnd) else embeds
         if isinstance(mask, Ragged):
-            x = mask.gather(embeds)
             several = positions.ndim == 3
             positions = torch.stack([mask.gather(p) for p in positions]) if several else mask.gather(positions)
         turning = (config.mrope_section, config.mrope_interleaved, config.rope_scaling)
@@ -244,6 +263,8 @@ class Transformer(nn.Module):
         rotary = plan["rotary"]
         routings = []
         x, *later = x.split(config.hidden_size, -1)
+        if self.time_embedding is not None:
+            x = x + self._time(time, embeds, mask)
         for number, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, routing = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
@@ -253,10 +274,17 @@ class Transformer(nn.Module):
                 x = x + later[number]
             if self.training and routing is not None:
                 routings.append(routing)
-        real = None if isinstance(mask, Ragged) else (visibility.document != PADDING).flatten()
+        real = None if isinstance(mask, EndToEnd) else (visibility.document != PADDING).flatten()
         aux = balance(routings, real) if routings else {}
         x = self.norm(x)
-        return Output(mask.scatter(x, embeds.shape) if isinstance(mask, Ragged) else x, aux)
+        return Output(mask.scatter(x) if isinstance(mask, EndToEnd) else x, aux)
+
+    def _time(self, time: Tensor | None, embeds: Tensor, mask: Any) -> Tensor:
+        assert self.time_embedding is not None
+        if time is None:
+            raise ValueError("This model is told the time: give `time`, [B] or [B, L] in [0, 1].")
+        added = self.time_embedding(time if time.ndim == 2 else time[:, None]).expand(*embeds.shape[:2], -1)
+        return mask.gather(added) if isinstance(mask, EndToEnd) else added
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -268,6 +296,8 @@ class Transformer(nn.Module):
             else:
                 back = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 nn.init.normal_(parameter, std=std / (2 * len(self.layers)) ** 0.5 if back else std)
+        if self.time_embedding is not None:
+            self.time_embedding.initialise(std)
 
 
 def attention_mask(
