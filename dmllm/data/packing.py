@@ -79,23 +79,6 @@ def only_last_answer(document: Document) -> Document:
     return [*(chunk._replace(is_answer=False) for chunk in document[:-1]), document[-1]]
 
 
-def pad_answer(
-    document: Document, lengths: tuple[int, ...], larger: float | None, eos: int, is_scored: bool
-) -> Document:
-    """The document with end tokens behind its last answer, up to the smallest of `lengths` that fits, or to one of the
-    larger ones: `larger` in [0, 1) says which."""
-    size = len(document[-1].ids)
-    fitting = [n for n in lengths if n >= size]
-    if not fitting:
-        return document
-    target = fitting[0]
-    if larger is not None and len(fitting) > 1:
-        target = fitting[1 + int(larger * (len(fitting) - 1))]
-    if target == size:
-        return document
-    return [*document, Chunk(repeated(eos, target - size), is_padding=True, is_scored=is_scored)]
-
-
 def leading_images(messages: list[Message], document: Document) -> int:
     """How many chunks reach up to the last of the images that open the first question."""
     leading = 0

@@ -23,6 +23,7 @@ from dmllm.config import to_dict
 from dmllm.data.chat import CHAT_TEMPLATE, Chat, as_messages
 from dmllm.data.collate import collate
 from dmllm.data.images import MAX_PIXELS, cut_tiles, load_image
+from dmllm.data.lengths import change_lengths, check_lengths
 from dmllm.data.packing import (
     Chunk,
     Document,
@@ -32,7 +33,6 @@ from dmllm.data.packing import (
     leading_images,
     length,
     only_last_answer,
-    pad_answer,
     repeated,
     split_turns,
     tiles_of,
@@ -65,10 +65,14 @@ class ProcessorConfig:
     """Canvas lengths: a document's last answer is padded with end tokens to the smallest that fits; []: not padded."""
     longer: float = 0.0
     """Probability that an answer is padded to a larger listed length, drawn uniformly, instead of the smallest."""
+    further_ends: float = 0.0
+    """Probability of 1 to n further end tokens behind an answer of n, so that any canvas teaches where answers end."""
+    cut_answers: float = 0.0
+    """Probability that of an answer of more than 16 tokens only a beginning is learned, as in a canvas too short."""
     eos_padding: Literal["none", "batch"] = "none"
     """batch: rows are filled up to the batch's length with end tokens of their last document, as LLaDA does."""
     score_padding: bool = True
-    """Whether the end tokens that pad answers (answer_lengths, eos_padding) are labelled; the first always is."""
+    """Whether the end tokens that pad answers (all of the above) are labelled; the first always is."""
     max_pixels: int = MAX_PIXELS
     """Images of more pixels are refused before they are decoded."""
 
@@ -90,6 +94,7 @@ class ProcessorConfig:
             )
         if self.answer_lengths and self.answer_lengths[0] < 1:
             raise ValueError(f"answer_lengths={list(self.answer_lengths)}: lengths are at least 1.")
+        check_lengths(self)
 
 
 def check_each(config: ProcessorConfig) -> None:
@@ -159,9 +164,7 @@ class Processor:
                 raise ValueError("an empty answer, and the chat template puts no end token behind it.")
             if turns == "one":
                 documents = [only_last_answer(document) for document in documents]
-            if self.config.answer_lengths:
-                draws = torch.rand(len(documents), 2, generator=generator).tolist() if self.config.longer else None
-                documents = [self._padded(d, draws[k] if draws else None) for k, d in enumerate(documents)]
+            documents = change_lengths(documents, self.config, self.special.eos, generator)
             shared = self._shared(conversations[0], documents[0])
             kept = fit(documents, shared, self.config.max_length)
             if kept is not documents and pixel_values is not None:
@@ -375,11 +378,6 @@ class Processor:
 
     def _shared(self, messages: list[Message], document: Document) -> int:
         return leading_images(messages, document) if self.config.image_prefix else 0
-
-    def _padded(self, document: Document, draws: list[float] | None) -> Document:
-        config = self.config
-        larger = draws[1] if draws and draws[0] < config.longer else None
-        return pad_answer(document, config.answer_lengths, larger, self.special.eos, config.score_padding)
 
 
 def _only_tensors(return_tensors: str) -> None:

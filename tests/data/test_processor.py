@@ -258,6 +258,10 @@ def test_configurations_that_cannot_work_are_refused():
         ({"longer": 0.5}, "a larger length"),
         ({"longer": 2.0, "answer_lengths": (1, 2)}, "probability"),
         ({"answer_lengths": (0, 2)}, "at least 1"),
+        ({"further_ends": 0.6, "cut_answers": 0.5}, "of which one happens"),
+        ({"further_ends": 0.1, "answer_lengths": (8,)}, "use longer instead"),
+        ({"cut_answers": 0.1, "answer_lengths": (8,)}, "leave answer_lengths out"),
+        ({"cut_answers": 0.1, "eos_padding": "batch"}, "an end behind half an answer"),
     ):
         with pytest.raises(ValueError, match=said):
             ProcessorConfig(**options)
