@@ -14,6 +14,8 @@ OBJECTIVES = Table(
     {
         "masked": "dmllm.objectives.masked:MASKED",
         "block": "dmllm.objectives.block:BLOCK",
+        "autoregressive": "dmllm.objectives.autoregressive:AUTOREGRESSIVE",
+        "permutation": "dmllm.objectives.permutation:PERMUTATION",
     },
 )
 

@@ -6,9 +6,11 @@ as an index into V * B * L (view, batch row, column), or V * B * L itself for ro
     repeat_batch    every row once a view, one below the other; images are encoded once
     append_canvas   prefix visibility: only the canvas a second time, behind its row
     two_copies      block visibility: what is given, and behind it each view of the blocks that are scored
+    two_streams     permutation visibility: all that is there, and behind it the tokens that are to be predicted
 
 Sources: BD3-LM, arXiv:2503.09573, section 3.2 (two copies in one pass); LaViDa, arXiv:2505.16839, section 3.2
-(complementary views). Shapes: V views, B rows of the batch, L tokens, C rows of the longest canvas.
+(complementary views); XLNet, arXiv:1906.08237, section 2.3 (two streams). Shapes: V views, B rows of the batch, L
+tokens, C rows of the longest canvas.
 """
 
 from __future__ import annotations
@@ -34,8 +36,7 @@ def repeat_batch(batch: Batch, look: Visibility, views: int) -> Laid:
         return batch, look, source
     repeated = {name: torch.cat([getattr(batch, name)] * views, getattr(batch, name).ndim - 2) for name in FILLERS}
     batch = replace(batch, indices=torch.cat([batch.indices] * views), **repeated)
-    rule = Visibility(*(torch.cat([x] * views) for x in (look.rank, look.canvas, look.document)))
-    return batch, rule, source
+    return batch, look.repeat(views), source
 
 
 def append_canvas(batch: Batch, look: Visibility, scorable: Tensor) -> Laid:
@@ -84,6 +85,26 @@ def two_copies(batch: Batch, block_length: int, views: int) -> Laid:
     own = torch.arange(block.numel(), device=block.device).view_as(block)
     seen = [_take(own + view * block.numel(), place, there, never) for view in range(views)]
     return replace(batch, **streams), rule, torch.cat([torch.full_like(own, never), *seen], 1)
+
+
+def two_streams(batch: Batch, rank: Tensor, predicted: Tensor) -> Laid:
+    """Every token as itself, and behind all of them, at the same positions, those that are `predicted` [B, L] bool.
+
+    Args:
+        rank: [B, L] int64, when a token comes in the order of its document, -1 where it is given: what is given sees
+            what is given, a token itself and those before it, and one that is predicted only those before it.
+    """
+    place, there = _in_front(predicted)
+    streams = {name: _cat(getattr(batch, name), _take(getattr(batch, name), place, there, filler))
+               for name, filler in FILLERS.items()}  # fmt: skip
+    streams["labels"][:, : rank.shape[1]] = IGNORE
+    never = rank.numel()
+    own = torch.arange(never, device=rank.device).view_as(rank)
+    source = _cat(torch.full_like(own, never), _take(own, place, there, never))
+    rank = torch.where(batch.documents == PREFIX, -2, rank)
+    canvas = _cat(torch.zeros_like(predicted), there)
+    rule = Visibility(_cat(rank, _take(rank, place, there, 0)), canvas, streams["documents"])
+    return replace(batch, **streams), rule, source
 
 
 def number_blocks(documents: Tensor, block: Tensor) -> Tensor:
