@@ -12,7 +12,7 @@ OTHER_KINDS = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Questions about pictures, and how their answers are scored. Give `data` or `builtin`."""
+    """Questions, mostly about pictures, and how their answers are scored. Give `data` or `builtin`."""
 
     name: str
     """Names the task in results; unique in a suite."""
@@ -21,7 +21,7 @@ class TaskConfig:
     image_folder: str | None = None
     """Where relative image paths start; without it, at the data file's folder."""
     builtin: str | None = None
-    """scenes or digits: made on disk in the output folder first."""
+    """scenes, digits or stories: made on disk in the output folder first."""
     num: int = 200
     """Pictures of a built-in data set."""
     seed: int = 0
@@ -47,7 +47,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.builtin is None):
-            raise ValueError(f"Task {self.name!r} needs either data: FILE or builtin: scenes|digits, not both.")
+            raise ValueError(f"Task {self.name!r} needs either data: FILE or builtin: scenes|digits|stories, not both.")
         if "{question}" not in self.prompt:
             raise ValueError(f"Task {self.name!r}: the prompt {self.prompt!r} must contain '{{question}}'.")
         for label, value in (("num", self.num), ("limit", self.limit)):

@@ -1,9 +1,10 @@
-"""Built-in data sets: pictures, questions and exact truth, made in minutes on any machine without a download.
+"""Built-in data sets: pictures or texts, questions and exact truth, made in minutes on any machine, no download.
 
     make("scenes", "data/scenes", num=10_000)
 
-writes `data.json` (LLaVA's format), `images/` and `truth.jsonl`, so that training and evaluation see exactly what they
-would see of a user's data. The same arguments give the same bytes. `chance` says what guessing would score.
+writes `data.json` (LLaVA's format), `images/` (`stories` has none) and `truth.jsonl`, so that training and evaluation
+see exactly what they would see of a user's data. The same arguments give the same bytes. `chance` says what guessing
+would score.
 """
 
 import functools
@@ -21,6 +22,7 @@ __all__ = ["NAMES", "chance", "describe", "majority_baseline", "make"]
 NAMES = {
     "scenes": "dmllm.data.builtin.scenes",
     "digits": "dmllm.data.builtin.digits",
+    "stories": "dmllm.data.builtin.stories",
 }
 # Pictures from which `chance` is measured.
 CHANCE_PICTURES = 4000
@@ -41,8 +43,8 @@ def make(
 
     `size` is the pictures' width and height in pixels, `workers` the number of processes (all cores if None; no
     influence on the bytes). Options: `turns` (questions a picture), and for scenes `reading` and `large_print` (shares
-    of pictures with lines of text and with a few large characters) and `kinds`. Splits are disjoint. A folder made with
-    the same arguments is returned as it is.
+    of pictures with lines of text and with a few large characters) and `kinds`, which `stories` has too. Splits are
+    disjoint. A folder made with the same arguments is returned as it is.
 
     Raises ValueError for arguments that are not allowed and FileExistsError if `out` holds anything else.
     """
@@ -58,11 +60,13 @@ def describe(name: str) -> str:
 @functools.cache
 def _measured_chance(name: str) -> dict[str, float]:
     job = _job(name, num=CHANCE_PICTURES, split="train", seed=0, size=64, options={})
-    return majority_baseline(job.record(index, job.picture(index)) for index in range(job.num))
+    records = (job.record(index, job.picture(index)) for index in range(job.num))
+    return majority_baseline(record for record in records if "image" in record)
 
 
 def chance(name: str) -> dict[str, float]:
-    """For each kind of question, the accuracy of guessing from its wording alone (see `majority_baseline`)."""
+    """For each kind of question about a picture, the accuracy of guessing from its wording alone (see
+    `majority_baseline`); nothing for `stories`, of which the wording is all there is."""
     return dict(_measured_chance(name))
 
 

@@ -51,11 +51,12 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """What is asked, what is true, and `paint() -> uint8 [size, size, 3]`, to be called at most once."""
+    """What is asked, what is true, and `paint() -> uint8 [size, size, 3]`, to be called at most once; None for a text
+    that has no picture."""
 
     turns: tuple[Turn, ...]
     truth: dict[str, Any]
-    paint: Callable[[], np.ndarray]
+    paint: Callable[[], np.ndarray] | None
 
 
 @dataclass(frozen=True, kw_only=True)

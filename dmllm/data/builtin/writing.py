@@ -1,7 +1,7 @@
 """Writing a built-in data set as LLaVA JSON and PNG files, exactly what a user's own data looks like.
 
     OUT/data.json        a JSON list, one record a picture
-    OUT/images/000/*.png a thousand pictures a folder
+    OUT/images/000/*.png a thousand pictures a folder; none where there is nothing to see
     OUT/truth.jsonl      the exact content of every picture
     OUT/made.json        the arguments, by which a finished folder is recognised
 
@@ -51,10 +51,11 @@ class Job:
         """The picture's questions and answers as a LLaVA record; each question carries its kind."""
         turns = []
         for turn in picture.turns:
-            marker = "" if turns else "<image>\n"
+            marker = "" if turns or picture.paint is None else "<image>\n"
             turns.append({"from": "human", "value": marker + turn.question, "kind": turn.kind})
             turns.append({"from": "gpt", "value": turn.answer})
-        return {"id": self.identity(index), "image": image_path(index), "conversations": turns}
+        shown = {} if picture.paint is None else {"image": image_path(index)}
+        return {"id": self.identity(index), **shown, "conversations": turns}
 
     def identity(self, index: int) -> str:
         return f"{self.name}-{self.split}-{self.seed}-{index:06d}"
@@ -83,8 +84,6 @@ def write(job: Job, out: Path, *, workers: int | None) -> Path:
     chunks = [range(start, min(start + PICTURES_A_CHUNK, job.num)) for start in range(0, job.num, PICTURES_A_CHUNK)]
     workers = min(workers or os.cpu_count() or 1, len(chunks))
     with _appearing(out) as folder:
-        for first in range(0, job.num, PICTURES_A_FOLDER):
-            (folder / image_path(first)).parent.mkdir(parents=True)
         with (
             _mapped(functools.partial(_write_chunk, job, folder), chunks, workers) as written,
             (folder / "data.json").open("w", encoding="utf-8") as data,
@@ -105,7 +104,10 @@ def _write_chunk(job: Job, folder: Path, chunk: range) -> tuple[str, str]:
     records, truths = [], []
     for index in chunk:
         picture = job.picture(index)
-        (folder / image_path(index)).write_bytes(png(picture.paint()))
+        if picture.paint is not None:
+            path = folder / image_path(index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(picture.paint()))
         records.append(json.dumps(job.record(index, picture)))
         truths.append(json.dumps({"id": job.identity(index)} | picture.truth) + "\n")
     return ",\n".join(records), "".join(truths)
