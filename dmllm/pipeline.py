@@ -377,7 +377,7 @@ class Pipeline:
         prompts, kept = self._collate(examples), (self._workspaces, self.kept)
         asked = prepare(self.model, prompts, config, self.special.mask, use_cache, draft, *kept)
         constraint, draws = self.constraints.of(config, asked[1]), row_generators(generator, examples)
-        run = self.model.config.process, draws, config.max_new_tokens, self._workspaces
+        run = self.model, draws, config.max_new_tokens, self._workspaces
         return decode(*asked, *run, constraint)
 
     def _collate(self, examples: list[Example]) -> Batch:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dmllm.computed import Kept, is_timed
 from dmllm.nn.graphs import Workspaces
 from dmllm.nn.visibility import check_layout
-from dmllm.samplers import PROCESSES
+from dmllm.samplers import process_of
 from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
@@ -103,7 +103,7 @@ def decode(
     predict: Predict,
     canvas: Canvas,
     config: DecodeConfig,
-    process: str,
+    model: Any,
     draws: list[Generator],
     length: int,
     workspaces: Workspaces,
@@ -111,7 +111,7 @@ def decode(
 ) -> Iterator[Step]:
     """The steps of `denoise`, the canvas cut to `length` tokens; in the end its cache goes back to `workspaces`."""
     try:
-        for step in denoise(predict, canvas, config, draws, constraint, process=PROCESSES.load(process)):
+        for step in denoise(predict, canvas, config, draws, constraint, process=process_of(model)):
             yield replace(step, ids=step.ids[:, :length], committed=step.committed[:, :length])
     finally:
         workspaces.give(predict.stream.cache if isinstance(predict, PREDICTORS) else None)

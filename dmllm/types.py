@@ -60,6 +60,24 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vocabulary(SpecialTokens):
+    """The special ids, and how many ids there are in all: what random tokens are drawn from."""
+
+    size: int
+
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        """Ids that are no word of any text, ascending: mask, image, and padding where it is not the end of sequence."""
+        pad = None if self.pad == self.eos else self.pad
+        return tuple(sorted({i for i in (self.mask, self.image, pad) if i is not None and 0 <= i < self.size}))
+
+    @property
+    def words(self) -> int:
+        """How many ids are not reserved; the end of sequence is one of them."""
+        return self.size - len(self.reserved)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One processed row, on the CPU. Image slots count the rows of this example's own tiles from 0."""
 

@@ -21,7 +21,7 @@ class DmllmConfig(PreTrainedConfig):
     unused: weights that the published checkpoint stores and the model does not read, name -> shape: kept as buffers, so
         that it can be written back.
     shift: whether a token is predicted by the row before it (Dream); logits are aligned all the same.
-    process: what the model undoes, a name of `samplers.PROCESSES`.
+    process, process_options: what the model undoes, a name of `samplers.PROCESSES` and, where it has any, its options.
     heads: what it says beside the logits, name -> options (`models.heads`).
     family, published: for a model that came from a published checkpoint, the name of its family and the config.json it
         had, so that it can be written back. published_names: where the family has several names for a weight, that
@@ -45,6 +45,7 @@ class DmllmConfig(PreTrainedConfig):
         unused: dict[str, list[int]] | None = None,
         shift: bool = False,
         process: str = "absorbing",
+        process_options: dict[str, Any] | None = None,
         heads: dict[str, dict[str, Any]] | None = None,
         family: str | None = None,
         published: dict[str, Any] | None = None,
@@ -63,6 +64,7 @@ class DmllmConfig(PreTrainedConfig):
         self.unused = unused
         self.shift = shift
         self.process = process
+        self.process_options = process_options or {}
         self.heads = heads or {}
         self.family = family
         self.published = published

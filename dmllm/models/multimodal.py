@@ -32,7 +32,7 @@ from dmllm.nn.cache import KVCache
 from dmllm.nn.rope import places
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.tiling import TilingConfig
-from dmllm.types import PADDING, ROW_BREAK, TEXT
+from dmllm.types import PADDING, ROW_BREAK, TEXT, Vocabulary
 
 
 @dataclass
@@ -162,6 +162,7 @@ class MultimodalModel(PreTrainedModel):
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         heads: Mapping[str, Tensor] | None = None,
+        following: bool = False,
         **_: Any,
     ) -> MultimodalOutput:
         """Logits of every row, or of `rows`.
@@ -178,6 +179,8 @@ class MultimodalModel(PreTrainedModel):
                 denoised (all of them, if that is not said either).
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
             heads: by name, the rows (as `rows`) at which further heads are asked, which read what logits are made of.
+            following: ask for the token behind each of the rows, which need not be fed: where `shift` says that a row
+                predicts it.
         """
         if inputs_embeds is None:
             assert input_ids is not None, "forward needs input_ids or inputs_embeds"
@@ -188,7 +191,7 @@ class MultimodalModel(PreTrainedModel):
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
 
         def aligned(asked: Tensor | None) -> Tensor:
-            if self.config.shift:
+            if self.config.shift and not following:
                 return predicting_rows(output.hidden, places(positions), visibility, cache, asked)
             return gather_rows(output.hidden, asked)
 
@@ -202,6 +205,7 @@ class MultimodalModel(PreTrainedModel):
         visibility: str | None = None,
         shift: bool | None = None,
         process: str | None = None,
+        process_options: Mapping[str, Any] | None = None,
         time_conditioning: bool = False,
         heads: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -214,6 +218,8 @@ class MultimodalModel(PreTrainedModel):
         for name, value in (("visibility", visibility), ("shift", shift), ("process", process)):
             if value is not None:
                 setattr(config, name, value)
+        if process is not None:
+            config.process_options = dict(process_options or {})
         if time_conditioning and not config.backbone.get("time_conditioning"):
             if not hasattr(self.backbone, "condition_on_time"):
                 kind = config.backbone.get("type", type(self.backbone).__name__)
@@ -230,6 +236,11 @@ class MultimodalModel(PreTrainedModel):
                 head.initialise()
                 self.heads[name] = head
                 config.heads = {**config.heads, name: dict(options)}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The special ids, and how many rows of the vocabulary there are."""
+        return Vocabulary(**vars(self.config.special), size=self.backbone.config.vocab_size)
 
     def _head(self, name: str, options: Mapping[str, Any]) -> Any:
         return build_head(name, options, self.backbone.config.hidden_size, self.backbone.config.vocab_size)

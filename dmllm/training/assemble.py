@@ -71,7 +71,7 @@ def assemble(config: TrainConfig) -> Run:
         core.set_gradient_checkpointing(True)
     if config.compile:
         compile_blocks(core)
-    objective = build_objective(*asked, core.config.special, core.config.visibility)
+    objective = build_objective(*asked, core.vocabulary, core.config.visibility)
     optimisers = build_optimisers(core, config.optimiser, config.parts)
     folder = open_run(config, accelerator)
     if config.trackers:
