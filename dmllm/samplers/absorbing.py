@@ -16,7 +16,7 @@ from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.constraint import Constraint
 from dmllm.samplers.estimate import Estimate, Heard, estimate
 from dmllm.samplers.process import Predict, Process
-from dmllm.samplers.quota import noise_level, quota
+from dmllm.samplers.quota import most, noise_level, quota
 from dmllm.samplers.revoke import masked_again, revoked, with_confidence
 from dmllm.samplers.rules import accepted, choose
 from dmllm.samplers.stream import is_static
@@ -32,7 +32,6 @@ def advance(
     """One model call, what it commits of each row's first unfilled block, and what it edits there."""
     length = canvas.block_length or config.block_of(canvas.ids.shape[1])
     canvas = _enter_block(canvas, length)
-    canvas = replace(canvas, time=noise_level(canvas, config, length))
     rows, asked, slots, left = _open_rows(
         canvas, config, length, compact=not is_static(canvas.ids.device) and config.editing_threshold is None
     )
@@ -42,6 +41,7 @@ def advance(
         left = asked.sum(1)
     drawn = _draw(config, draws, length, canvas.ids.device)
     uniform = [numbers.gather(1, slots) for numbers in drawn]
+    canvas = replace(canvas, time=noise_level(canvas, config, length, asked, uniform[1]))
     logits, guided = predict(canvas, rows), None
     if constraint is not None:
         guided = constraint(canvas, config, logits, rows, asked, uniform[0], full[:, 0])
@@ -90,6 +90,8 @@ def _choose(
     steps = config.steps_per_block(canvas.ids.shape[1])
     sure = accepted(seen, doubt, asked, config, canvas.stable.gather(1, rows), (canvas.calls + 1) / steps)
     least = quota(canvas, config, asked, left, uniform, length)
+    if sure is not None and config.schedule == "carried":
+        sure = choose(doubt, None, sure & asked, most(canvas, config, left))
     over = (canvas.calls + 1 >= steps)[:, None]
     if sure is not None and config.quota_if_unsure:
         least = least.masked_fill((sure & asked).any(1) & ~over[:, 0], 0)

@@ -14,7 +14,7 @@ from typing import Any
 from dmllm.nn.visibility import check_layout
 from dmllm.registry import Table, nearest
 from dmllm.samplers.policy import CachePolicy
-from dmllm.samplers.schedules import CURVES
+from dmllm.samplers.schedules import CURVES, check_process
 
 REMASKING = Table(
     "remasking rule",
@@ -27,8 +27,7 @@ REMASKING = Table(
         "sequential": "dmllm.samplers.rules:sequential",
     },
 )
-SCHEDULES = ["even", "fixed", "time", "confident", *CURVES]
-REMDM = ["cap", "rescale", "conf"]
+SCHEDULES = ["even", "fixed", "carried", "time", "first_hitting", "confident", *CURVES]
 OPTIONAL = {  # what None says
     "threshold": "the quota alone",
     "factor": "the quota alone",
@@ -66,15 +65,20 @@ class DecodeConfig:
     """Tokens that a call commits at least, in place of `steps` (LLaDA2.1)."""
     schedule: str = "even"
     """How many tokens a call commits at least. even: what is open in the block, shared by the calls that remain for it.
-    fixed: the block's length shared by its calls, however many are known already (SDAR, LLaDA2). time: of m open ones
-    int(m (1 - s/t)) from time t to s, which may be none, and all at the last (Dream's quota). confident: what is surer
-    than `threshold`; where nothing is, the same from the share t that is open to the next time s at which that is a
-    token or more, or the last (Dimple's confident decoding). linear, shift, cosine,
-    logit_normal: the steps of that curve, the largest ones last for `shift` above 1 (LaViDa)."""
+    fixed: the block's length shared by its calls, however many are known already (SDAR, LLaDA2). carried: one, and of
+    an even share what is surer than `threshold`; the rest goes over to later calls, in the end as many as it takes
+    (Fast-dLLM for Dream). time: of m open ones int(m (1 - s/t)) from time t to s, which may be none, and all at the
+    last (Dream's quota). first_hitting: one, drawn, at the time drawn for it (BD3-LM). confident: what is surer than
+    `threshold`; where nothing is, the same as time from the share t that is open to the next time s at which that is a
+    token or more, or the last (Dimple's confident decoding). linear, shift, cosine, logit_normal: the steps of that
+    curve, the largest ones last for `shift` above 1 (LaViDa)."""
     shift: float = 3.0
     """Of `schedule: shift`: the curve is shift t / (1 + (shift - 1) t); 1 is linear."""
     eps: float = 1e-3
     """Where the times of `schedule: time` end: linspace(1, eps, calls + 1)."""
+    noise_schedule: str = "linear"
+    """How much is masked at a time: linear (t itself), cosine, polynomial, as in training. `schedule: time` goes from
+    what is masked at t to what is at s, in place of t and s; a model conditioned on time is told t."""
     remasking: str = "low_confidence"
     """Which tokens come first: low_confidence (those of highest probability; Dream's maskgit_plus), margin (over the
     runner-up; topk_margin), entropy (lowest), random, sequential (leftmost), origin (random; under `schedule: time`
@@ -101,7 +105,8 @@ class DecodeConfig:
     remdm: str | None = None
     """How likely a committed token is masked again from time t to s, under `schedule: time` and `remasking: origin`:
     cap (`eta`, at most s / (1 - t)), rescale (`eta` s / (1 - t)), conf (s / (1 - t) shared out, the larger part to what
-    was less probable when it was committed); None is not at all (ReMDM)."""
+    was less probable when it was committed), loop (`eta`, while 9 of 10 tokens stay known from t = 0.55 to 0.05),
+    forward_backward ((t - s) / (1 - t)), psi (`eta` s); None is not at all (ReMDM, `samplers.schedules`)."""
     eta: float = 0.02
     """Of `remdm`: 0 masks nothing again, 1 as much as there can be."""
     suppress_ids: list[int] = field(default_factory=list)
@@ -161,11 +166,15 @@ class DecodeConfig:
     sub_block_cache: bool = False
     """Whether a call feeds the active sub-block alone once its first token is known, the keys and values of the others
     being those of the last call that fed them: less work, but not exact (Fast-dLLM v2's use_block_cache)."""
+    speculate: int = 0
+    """For models that predict the next token, which take one call a token whatever is said of steps, blocks, order and
+    thresholds: so many tokens that their heads draft, of which the next call keeps those that it would have said."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "steps", "block_length", "sub_block_length", "block_steps", "num_to_transfer"):
             _whole(name, getattr(self, name), least=1, optional=name != "max_new_tokens")
-        _whole("max_post_steps", self.max_post_steps, least=0, optional=False)
+        for name in ("max_post_steps", "speculate"):
+            _whole(name, getattr(self, name), least=0, optional=False)
         for name in (*OPTIONAL, "eps", "eta", "temperature", "top_p", "cfg_scale"):
             value, optional = getattr(self, name), name in OPTIONAL
             if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -320,7 +329,7 @@ def decode_config(options: Mapping[str, Any], defaults: Mapping[str, Any] | None
         if name not in known:
             raise ValueError(f"Unknown decode option {name!r}; {nearest(name, known)}")
     chosen = {k: v for k, v in (defaults or {}).items() if k in known}
-    if any(name in options for name in COUNTS):
+    if any(name in options for name in COUNTS) or options.get("schedule") == "first_hitting":
         chosen = {k: v for k, v in chosen.items() if k not in COUNTS}
     if any(options.get(name) is not None for name in SURE):
         chosen = {k: v for k, v in chosen.items() if k not in SURE}
@@ -349,14 +358,7 @@ def _check_rules(config: DecodeConfig) -> None:
     gaps = config.early_exit_thresholds
     if not isinstance(gaps, list | tuple) or len(gaps) not in (0, 3) or any(type(g) not in (int, float) for g in gaps):
         raise ValueError(f"early_exit_thresholds={gaps!r} must be three numbers, e.g. [7.5, 5.0, 2.5], or [].")
-    if config.remdm is not None and config.remdm not in REMDM:
-        raise ValueError(f"remdm={config.remdm!r} is not a known rule; {nearest(str(config.remdm), REMDM)}")
-    if not 0 <= config.eta <= 1:
-        raise ValueError(f"eta={config.eta} must lie between 0 (nothing is masked again) and 1.")
-    if config.remdm is not None and (config.schedule, config.remasking) != ("time", "origin"):
-        raise ValueError(
-            f"remdm={config.remdm!r} runs the diffusion process backwards; say schedule='time', remasking='origin'."
-        )
+    check_process(config)
     if config.remdm is not None and (config.constraint is not None or config.choices is not None):
         raise ValueError(f"remdm={config.remdm!r} masks again what a constraint rests on; leave one of them out.")
     if config.revoke_threshold is not None and all(getattr(config, name) is None for name in SURE):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmllm.diffusion.schedules import SCHEDULES as NOISE
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
-from dmllm.samplers.schedules import CURVES, commit_table, time_table, until_something
+from dmllm.samplers.schedules import CURVES, commit_table, remasked, time_table, until_something
 
 
 def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uniform: Tensor, length: int) -> Tensor:
@@ -34,6 +35,8 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
         else:
             some = (open_rows * share).long()
         return torch.where(calls < steps - 1, some, open_rows)
+    if config.schedule in ("carried", "first_hitting"):
+        return torch.ones_like(open_rows)
     if config.schedule == "confident":
         return until_something(open_rows, canvas.opened, calls, steps, config.eps)
     if config.choose_mask or not config.fill_behind_eos:  # some places are never filled
@@ -41,29 +44,45 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
     return -(-open_rows // (steps - calls).clamp(min=1))
 
 
+def most(canvas: Canvas, config: DecodeConfig, left: Tensor) -> Tensor:
+    """How many tokens a call commits at most, [B]: under `schedule: carried` its share and what calls before it turned
+    down of theirs, which is what is open but for the shares of the calls to come; else all that are open."""
+    if config.schedule != "carried":
+        return left
+    steps = config.steps_per_block(canvas.ids.shape[1])
+    to_come = canvas.opened * (steps - 1 - canvas.calls).clamp(min=0) // steps
+    return (left - to_come).clamp(min=1)
+
+
 def rates(config: DecodeConfig, steps: int, calls: Tensor) -> tuple[Tensor, Tensor]:
     """From a call's time to the next: the probability sigma that a known token is masked again, and that an open one is
     committed, both [B]. Under conf sigma is what the known tokens share, and the open ones do not make up for it."""
-    times = time_table(config.eps, steps, calls.device)
-    now, then = times[calls.clamp(max=steps - 1)], times[(calls + 1).clamp(max=steps)]
-    most = (then / (1 - now)).clamp(max=1)
+    _, masked = _table(config, steps, calls.device)
+    now, then = masked[calls.clamp(max=steps - 1)], masked[(calls + 1).clamp(max=steps)]
+    sigma = remasked(config.remdm, config.eta, now, then)
     commits = 1 - then / now
-    if config.remdm is None:
-        return torch.zeros_like(now), commits
-    if config.remdm == "conf":
-        return most, commits
-    sigma = most.clamp(max=config.eta) if config.remdm == "cap" else config.eta * most
-    return sigma, commits + sigma * (1 - now) / now
+    return sigma, commits if config.remdm == "conf" else commits + sigma * (1 - now) / now
 
 
-def noise_level(canvas: Canvas, config: DecodeConfig, block_length: int) -> Tensor:
-    """The time t of a call, [B]: where `schedule: time` has come to, or how much of the canvas (of whole blocks, of the
-    active one) is unknown."""
-    unknown = ~canvas.committed
+def noise_level(canvas: Canvas, config: DecodeConfig, block_length: int, asked: Tensor, uniform: Tensor) -> Tensor:
+    """The time t of a call, [B]: where `schedule: time` has come to, or at which as much is masked as is unknown of the
+    canvas (of whole blocks, of the active one). Under `first_hitting` it is drawn: of n masked tokens the next is shown
+    after a share of the time as large as the largest of n uniform numbers, or 1 less the lowest of those of the tokens
+    `asked` [B, K] for, `uniform` [B, K] (Zheng et al., arXiv:2409.02908, section 4)."""
+    unknown, schedule = ~canvas.committed, NOISE.load(config.noise_schedule)()
     if config.schedule == "time":
         steps = config.steps_per_block(unknown.shape[1])
-        return time_table(config.eps, steps, unknown.device)[canvas.calls.clamp(max=steps - 1)]
+        times, _ = _table(config, steps, unknown.device)
+        return times[canvas.calls.clamp(max=steps - 1)]
+    if config.schedule == "first_hitting":
+        passed = uniform.masked_fill(~asked, 1.0).amin(1)
+        before = torch.where(canvas.calls == 0, 1.0, 1 - schedule.alpha(canvas.time.double()))
+        return schedule.time(before * (1 - passed)).float()
     if canvas.block_length is None:
-        return unknown.float().mean(1)
+        return schedule.time(unknown.float().mean(1))
     places = torch.arange(unknown.shape[1], device=unknown.device) + canvas.offset[:, None]
-    return (unknown & (places // block_length == canvas.block[:, None])).sum(1) / block_length
+    return schedule.time((unknown & (places // block_length == canvas.block[:, None])).sum(1) / block_length)
+
+
+def _table(config: DecodeConfig, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return time_table(config.eps, steps, device, config.noise_schedule, config.remdm == "loop")
