@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import Visibility, visible
+from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING, PREFIX
 
 SHORTEST = 16  # rows; shorter documents are grouped together
@@ -100,7 +100,7 @@ def ragged(visibility: Visibility, *, fused: bool = True) -> Ragged:
     size = torch.where(document[real] == PREFIX, 0, (sizes[member] - 1).clamp(min=SHORTEST - 1).log2().int() + 1)
     sorting = (size * len(sizes) + member).argsort(stable=True)
     order = real[sorting]
-    look = tuple(x.flatten()[order] for x in (visibility.rank, visibility.canvas, visibility.document))
+    look = tuple(x.flatten()[order] for x in visibility.columns)
 
     _, lengths = member[sorting].unique_consecutive(return_counts=True)
     starts = lengths.cumsum(0) - lengths
@@ -115,7 +115,7 @@ def ragged(visibility: Visibility, *, fused: bool = True) -> Ragged:
         if kind:
             shared = _span(prefix_start[rows[chosen]], prefix_length[rows[chosen]])
             keys = tuple(torch.cat(pair, 1) for pair in zip(shared, queries))
-        groups.append(_group(queries, keys, look))
+        groups.append(_group(queries, keys, look, visibility))
     return Ragged(order, visibility.document.shape, tuple(groups), fused)
 
 
@@ -126,10 +126,12 @@ def _span(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(real, starts[:, None] + steps, 0), real
 
 
-def _group(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, ...], look: tuple[Tensor, ...]) -> Group:
+def _group(
+    queries: tuple[Tensor, Tensor], keys: tuple[Tensor, ...], look: tuple[Tensor, ...], visibility: Visibility
+) -> Group:
     (q, q_real), (k, k_real) = queries, keys
     q_look, k_look = ([x[i].unsqueeze(d) for x in look] for i, d in ((q, 2), (k, 1)))
-    mask = (visible(*q_look, *k_look) | (q[:, :, None] == k[:, None])) & k_real[:, None]
+    mask = (visibility.sees(q_look, k_look) | (q[:, :, None] == k[:, None])) & k_real[:, None]
     return Group(q, k, mask[:, None], q_real.flatten().nonzero().squeeze(1))
 
 

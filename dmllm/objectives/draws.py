@@ -24,12 +24,21 @@ class Draws:
     step: int
     num_examples: int  # in the whole step, over all micro-batches and processes
     indices: Tensor  # [B] int64, global example indices
+    num_steps: int | None = None  # of the run; None where nothing is trained: as at its end
 
     def uniform(self, length: int, stream: int = 0) -> Tensor:
         """[B, length] in [0, 1), float32, on the CPU; a prefix of what a greater length would give. Another `stream`
         gives other numbers, for what is drawn besides."""
         rows = [self._generator(int(index), stream).random(length, dtype=np.float32) for index in self.indices]
         return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, length)
+
+    def shared(self, length: int, stream: int = 0) -> Tensor:
+        """[length] in [0, 1), float32, the same for all of the step; a prefix of what a greater length would give."""
+        return torch.from_numpy(self._generator(-1, stream + 1).random(length, dtype=np.float32))
+
+    def passed(self, moment: float) -> bool:
+        """Whether training has reached a moment: a step or, below 1, a fraction of all steps."""
+        return self.num_steps is None or self.step >= (moment if moment >= 1 else moment * self.num_steps)
 
     def stratified(self, strata: int = 1) -> Tensor:
         """[B, strata] in [0, 1): one offset a step, examples spread evenly over the whole step's interval.

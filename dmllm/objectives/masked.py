@@ -22,14 +22,18 @@ from dmllm.diffusion.absorbing import draw_hidden, hide
 from dmllm.diffusion.schedules import SCHEDULES, elbo_weight
 from dmllm.nn.rope import places
 from dmllm.nn.visibility import Visibility, layout
+from dmllm.objectives.anneal import anneal, openness
 from dmllm.objectives.cart import context_adaptive
+from dmllm.objectives.confidence import confidence_loss, number_answers
 from dmllm.objectives.draws import Draws
-from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, weighted_cross_entropy
+from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, per_document, weighted_cross_entropy
+from dmllm.objectives.restrict import one_block
 from dmllm.objectives.views import Laid, append_canvas, repeat_batch, show_padding, spread
 from dmllm.types import IGNORE, Batch, LossSum, SpecialTokens
 
 WEIGHTS = ("elbo", "clipped", "none", "cart")
 PADDINGS = ("hidden", "seen", "faint")
+STREAM = 8  # of an example's random numbers: which block is noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,17 @@ class MaskedConfig:
     max_noise: float = 1.0
     """Largest noise probability drawn. With min_noise the range to which BD3-LM and LLaDA2 clip (for example 0.3 to
     0.8), which lowers the variance; the loss is then no longer a bound. Both 1: everything is always hidden."""
+    confidence: float = 0.0
+    """Coefficient of the mean entropy where the prediction is right: fewer calls for an answer (LLaDA2.0-CAP, dParallel
+    with 2), at some cost in quality (objectives/confidence.py). 0: not computed."""
+    confidence_temperature: float = 1.0
+    """Of the distributions whose entropy that is; dParallel has 0.5."""
+    noise_block: int = 0
+    """Tokens of the one block of each answer that is noised, what is behind it being all hidden (dParallel has 32 with
+    min_noise, max_noise 0.5, complementary, weight none, reduction masked). 0: tokens anywhere are."""
+    anneal_steps: float = 0.0
+    """From a causal model: steps (below 1, a fraction of all) over which attention opens to what is behind a token
+    (DiffuLLaMA; objectives/anneal.py). 0: it is open at once."""
     padding: str = "hidden"
     """What attention makes of padding. Two legacies of published training, under which a loss depends on how far its
     row is padded: seen as any other row (LaViDa), or faint, with 1/e of the weight (MMaDA's additive mask of 1, 0)."""
@@ -81,6 +96,15 @@ class MaskedConfig:
             )
         if not 0 < self.cart_p < 1:
             raise ValueError(f"cart_p={self.cart_p} must lie between 0 and 1; 0.3 is usual.")
+        if self.confidence < 0 or self.confidence_temperature <= 0:
+            raise ValueError(
+                f"confidence={self.confidence} must not be negative, confidence_temperature="
+                f"{self.confidence_temperature} must be positive; dParallel has 2 and 0.5."
+            )
+        if self.noise_block < 0 or self.anneal_steps < 0:
+            raise ValueError(f"noise_block={self.noise_block}, anneal_steps={self.anneal_steps} must not be negative.")
+        if self.noise_block and self.weight == "cart":
+            raise ValueError("weight='cart' counts what is shown, which noise_block hides; use elbo, clipped or none.")
         SCHEDULES.load(self.schedule)(**self.schedule_options)
 
 
@@ -95,6 +119,7 @@ class Noised:
     targets: Tensor  # [N] int64
     weights: Tensor  # [N] float32
     counts: dict[str, Tensor]  # by loss name, scalars: known before the forward, to be summed over the whole step
+    answers: Tensor | None = None  # [N] int64 below N, which answer each token is of, where confidence is learned
 
 
 class Masked:
@@ -106,33 +131,53 @@ class Masked:
         self.schedule = SCHEDULES.load(config.schedule)(**config.schedule_options)
         noise = torch.tensor([config.min_noise, config.max_noise], dtype=torch.float64)
         self.t_min, self.t_max = self.schedule.time(noise).tolist()
+        self.coefficients = {"confidence": config.confidence} if config.confidence else {}
+
+    @staticmethod
+    def requires(config: MaskedConfig, visibility: str) -> dict[str, Any]:
+        """A causal model gets full attention; that its logits are shifted stays as it is."""
+        return {"visibility": "full"} if visibility == "causal" else {}
 
     def prepare(self, batch: Batch, draws: Draws) -> Noised:
         """Hide tokens of each answer. Deterministic in (batch, draws); the batch is left as it is."""
-        scorable = batch.labels != IGNORE  # [B, L]
+        canvas, share = batch.labels != IGNORE, None  # [B, L]
+        if self.config.noise_block:
+            uniform = draws.uniform(int(batch.documents.max().clamp(min=0)) + 1, STREAM).to(canvas.device)
+            batch, share = one_block(batch, self.config.noise_block, uniform, self.special.mask)
+        scorable = batch.labels != IGNORE
         t = self._times(batch, draws).to(batch.labels.device)  # [B, L]
         uniform = draws.uniform(batch.labels.shape[1]).to(t.device)
         hidden = draw_hidden(1 - self.schedule.alpha(t), uniform, scorable)
         if self.config.at_least_one:
             hidden = hidden | _lowest(uniform, hidden, scorable, batch.documents)
-        return self.corrupt(batch, hidden, t)
+        noised = self.corrupt(batch, hidden, t, canvas=canvas, share=share)
+        look, at = noised.visibility, places(noised.batch.positions)
+        return replace(noised, visibility=anneal(look, at, draws, openness(draws, self.config.anneal_steps)))
 
-    def corrupt(self, batch: Batch, hidden: Tensor, time: Tensor) -> Noised:
+    def corrupt(
+        self, batch: Batch, hidden: Tensor, time: Tensor, *, canvas: Tensor | None = None, share: Tensor | None = None
+    ) -> Noised:
         """The batch with given tokens hidden: what `prepare` has drawn, or what was recorded from published code.
 
         Args:
             batch: [B, L]; what has a label counts as scorable.
             hidden: [B, L] bool, among what has a label.
             time: [B, L], from which follow the weights.
+            canvas: [B, L] bool, what may be noised at another time; None: what has a label.
+            share: [B, L] float, as how many tokens each counts, 0 where there is no label; None: one.
         """
         scorable = batch.labels != IGNORE
         views, times = [hidden], [time]
         if self.config.complementary:
             views.append(scorable & ~hidden)
             times.append(self._complement(time))
-        share = scorable.float()
+        share = scorable.float() if share is None else share
         if self.config.padding_as_one:
-            share = padding_as_one(batch.labels, batch.documents, self.special.eos)
+            share = share * padding_as_one(batch.labels, batch.documents, self.special.eos)
+        numbers, counts = [], {}
+        if self.config.confidence:
+            numbers = number_answers(batch.documents, len(views))
+            counts["confidence"] = (per_document(share, batch.documents) > 0).sum().float().cpu() * len(views)
         weights, count = normalise(
             self.config.reduction,
             torch.cat([self._weights(batch, *view) for view in zip(views, times, strict=True)]),
@@ -140,7 +185,7 @@ class Masked:
             torch.cat(views),
             torch.cat([batch.documents] * len(views)),
         )
-        batch, look, source = self._lay_out(batch, len(views))
+        batch, look, source = self._lay_out(batch, len(views), scorable if canvas is None else canvas)
         if self.config.padding != "hidden":
             look = show_padding(look, faint=self.config.padding == "faint")
         out = spread(views, source)
@@ -152,11 +197,12 @@ class Masked:
             rows=rows,
             targets=batch.labels.flatten()[rows],
             weights=spread([weights], source).flatten()[rows],
-            counts={"masked": count.cpu()},
+            counts={"masked": count.cpu(), **counts},
+            answers=spread(numbers, source).flatten()[rows].unique(return_inverse=True)[1] if numbers else None,
         )
 
     def loss(self, model: Callable[..., Any], noised: Noised) -> dict[str, LossSum]:
-        """The loss before division; `counts["masked"]` of all micro-batches together is the divisor."""
+        """The losses before division; each one's count, of all micro-batches together, is its divisor."""
         batch = noised.batch
         logits = model(
             input_ids=batch.input_ids,
@@ -172,7 +218,11 @@ class Masked:
         if self.config.zero_masking:
             mask = torch.arange(logits.shape[-1], device=logits.device) == self.special.mask
             logits = logits.masked_fill(mask, -torch.inf)
-        return {"masked": weighted_cross_entropy(logits, noised.targets, noised.weights, noised.counts["masked"])}
+        losses = {"masked": weighted_cross_entropy(logits, noised.targets, noised.weights, noised.counts["masked"])}
+        if noised.answers is not None:
+            count, temperature = noised.counts["confidence"], self.config.confidence_temperature
+            losses["confidence"] = confidence_loss(logits, noised.targets, noised.answers, count, temperature)
+        return losses
 
     def _check_visibility(self) -> None:
         """Raises ValueError if this objective is not learned under the model's visibility."""
@@ -184,12 +234,11 @@ class Masked:
         if self.config.padding != "hidden" and self.visibility != "full":
             raise ValueError(f"padding={self.config.padding!r} needs model.visibility=full, not {self.visibility}.")
 
-    def _lay_out(self, batch: Batch, views: int) -> Laid:
-        """What the model is fed for one view of a batch, or for two."""
-        scorable = batch.labels != IGNORE
-        look = layout(self.visibility, documents=batch.documents, canvas=scorable)
+    def _lay_out(self, batch: Batch, views: int, canvas: Tensor) -> Laid:
+        """What the model is fed for one view of a batch, or for two; `canvas` [B, L] is what may be noised."""
+        look = layout(self.visibility, documents=batch.documents, canvas=canvas)
         if views == 2 and self.visibility == "prefix":
-            return append_canvas(batch, look, scorable)
+            return append_canvas(batch, look, canvas)
         return repeat_batch(batch, look, views)
 
     def _alike(self, batch: Batch) -> Tensor:

@@ -93,7 +93,9 @@ def training_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, Te
     torch.manual_seed(config.seed + 1_000_003 * step + accelerator.process_index)  # for dropout, where a tower has it
     noised = []
     for batch in itertools.islice(batches, run.micro_batches):
-        draws = Draws(seed=config.seed, step=step, num_examples=config.batch_size, indices=batch.indices)
+        draws = Draws(
+            seed=config.seed, step=step, num_examples=config.batch_size, indices=batch.indices, num_steps=run.steps
+        )
         noised.append(run.objective.prepare(for_processes(run, batch), draws))
     counts = global_counts(accelerator, [n.counts for n in noised])
     shares: dict[str, Tensor] = {}

@@ -1,5 +1,7 @@
 """Document by document or under one dense mask: the same hidden rows and the same gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,7 +32,9 @@ def streams() -> dict[str, Visibility]:
     prefix = layout("prefix", documents=packed, canvas=canvas.bool())
     second_view = torch.zeros_like(packed)
     second_view[0, 7:9] = 1
+    narrowed = {"place": torch.arange(10).expand(3, 10), "extra": torch.rand(10, 10) < 0.5}
     return {
+        "narrowed": replace(prefix, **narrowed),
         "prefix": prefix,
         "views": Visibility(prefix.rank + second_view, prefix.canvas, prefix.document),
         "full": layout(
@@ -40,7 +44,7 @@ def streams() -> dict[str, Visibility]:
     }
 
 
-@pytest.mark.parametrize("name", ["prefix", "views", "full", "causal"])
+@pytest.mark.parametrize("name", ["prefix", "views", "full", "causal", "narrowed"])
 def test_ragged_and_dense_forms_agree(name):
     look = streams()[name]
     real = look.document != PADDING

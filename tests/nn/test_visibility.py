@@ -1,5 +1,8 @@
 """The rule of attention equals the masks written out by hand, in its dense and in its flex form."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from dmllm.nn.visibility import Visibility, layout, visible
@@ -88,15 +91,36 @@ def test_rows_behind_a_cache_see_what_they_would_see_in_one_stream():
     assert mask(tail, head) == mask(whole)[5:]
 
 
-def test_dense_and_flex_forms_are_one_rule():
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_dense_and_flex_forms_are_one_rule(narrowed):
     torch.manual_seed(1)
     rank = torch.randint(-2, 3, (2, 24))
     look = Visibility(rank, torch.rand(2, 24) < 0.5, torch.randint(-2, 3, (2, 24)))
+    if narrowed:
+        look = replace(look, place=torch.randint(0, 9, (2, 24)), extra=torch.rand(9, 9) < 0.5)
     block = look.flex()
     grid = [
         torch.arange(n).view([-1 if i == d else 1 for d in range(4)]) for i, n in enumerate((2, 1, 24, 24)) for d in [i]
     ]
     assert torch.equal(block.mask_mod(*grid).expand(2, 1, 24, 24), look.dense())
+
+
+def test_a_mask_over_places_narrows_what_the_rule_shows_wherever_rows_are_moved_to():
+    torch.manual_seed(2)
+    documents, canvas = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, PADDING]]), torch.ones(2, 5).bool()
+    look, place = layout("full", documents=documents, canvas=canvas), torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]])
+    extra = torch.rand(4, 4) < 0.5
+    narrowed = replace(look, place=place, extra=extra)
+    itself = torch.eye(5, dtype=torch.bool)
+    for row in range(2):
+        by_hand = look.dense()[row, 0] & extra[place[row][:, None], place[row]] | itself
+        assert torch.equal(narrowed.dense()[row, 0], by_hand)
+        assert torch.equal(narrowed.select(slice(row, row + 1)).dense()[0, 0], by_hand)
+        assert torch.equal(narrowed.repeat(2).dense()[2 + row, 0], by_hand)
+        order = torch.randperm(5)
+        assert torch.equal(narrowed.take(order.expand(2, -1)).dense()[row, 0], by_hand[order][:, order])
+    with pytest.raises(ValueError, match="leave the cache out"):
+        narrowed.dense(look)
 
 
 def test_the_rule_is_its_four_lines():
