@@ -12,6 +12,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -121,3 +122,80 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 def generators(*seeds: int) -> list[Generator]:
     """One generator a row."""
     return [Generator().manual_seed(s) for s in seeds]
+
+
+class Strings:
+    """A random distribution over all texts of `shortest` to `longest` words, and what is exact when tokens are masked and gone.
+
+    `with_head` is what samplers call, `score` what objectives call, with one row in front of each text; both say the
+    logarithm of how many tokens a gap is expected to miss.
+    """
+
+    def __init__(
+        self, vocab: int = 2, longest: int = 3, shortest: int = 1, *, seed: int = 0, sharpness: float = 1.0
+    ):
+        self.vocab, self.mask = vocab, vocab
+        self.texts = [t for n in range(shortest, longest + 1) for t in itertools.product(range(vocab), repeat=n)]
+        scores = torch.randn(len(self.texts), generator=Generator().manual_seed(seed), dtype=torch.float64)
+        self.probs = (sharpness * scores).softmax(0)
+        self._known: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+
+    @property
+    def entropy(self) -> float:
+        """Of a text, in nats."""
+        return float(torch.special.entr(self.probs).sum())
+
+    def said(self, state: tuple[int, ...], gone: float) -> tuple[Tensor, Tensor]:
+        """p(token v at place i), [M, V], and the expected number of missing tokens in each gap, [M + 1], given a text's
+        state of M shown and mask tokens, when tokens are gone with probability `gone`."""
+        if state not in self._known:
+            self._known[state] = [
+                (number, kept)
+                for number, text in enumerate(self.texts)
+                for kept in itertools.combinations(range(len(text)), len(state))
+                if all(seen in (self.mask, text[place]) for seen, place in zip(state, kept, strict=True))
+            ]
+        tokens, gaps, total = torch.zeros(len(state), self.vocab), torch.zeros(len(state) + 1), 0.0
+        for number, kept in self._known[state]:
+            text = self.texts[number]
+            weight = float(self.probs[number]) * gone ** (len(text) - len(state))
+            ends = (-1, *kept, len(text))
+            total += weight
+            gaps += weight * torch.tensor([b - a - 1 for a, b in itertools.pairwise(ends)])
+            for i, place in enumerate(kept):
+                tokens[i, text[place]] += weight
+        return tokens / total, gaps / total
+
+    def with_head(self, canvas: Any, rows: Tensor, name: str, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K, V and the mask], and log expected numbers [B, G] behind the places `others`."""
+        size, memory = canvas.ids.shape[1], {}
+        tokens, gaps = torch.zeros(len(canvas), size, self.vocab + 1), torch.zeros(len(canvas), size + 1)
+        states = zip(canvas.ids.tolist(), canvas.extent.tolist(), canvas.time.tolist(), strict=True)
+        for b, (ids, extent, gone) in enumerate(states):
+            key = (tuple(ids[:extent]), gone)
+            if key not in memory:
+                memory[key] = self.said(*key)
+            tokens[b, :extent, : self.vocab], gaps[b, : extent + 1] = memory[key]
+        shape = (*rows.shape, self.vocab + 1)
+        return tokens.log().clamp(min=LEAST).gather(1, rows[..., None].expand(shape)), gaps.gather(1, others + 1).log().clamp(min=LEAST)
+
+    def score(
+        self, *, input_ids: Tensor, visibility: Any, rows: Tensor, time: Tensor, heads: dict[str, Tensor], **_: Any
+    ) -> SimpleNamespace:
+        """`.logits` at `rows` [N] and `.heads` at their rows [G] of the stream [B, M], whose column 0 is no text."""
+        tokens, gaps = torch.zeros(*input_ids.shape, self.vocab + 1), torch.zeros(input_ids.shape)
+        real = (visibility.document >= 0).sum(1).tolist()
+        for b, (ids, length) in enumerate(zip(input_ids.tolist(), real, strict=True)):
+            said = self.said(tuple(ids[1:length]), float(time[b, 0]))
+            tokens[b, 1:length, : self.vocab], gaps[b, :length] = said
+        logits = tokens.log().clamp(min=LEAST).flatten(0, 1)[rows]
+        said = {name: gaps.flatten()[at].log().clamp(min=LEAST) for name, at in heads.items()}
+        return SimpleNamespace(logits=logits, heads=said)
+
+
+def quadrature(points: int = 400, edge: float = 3e-4) -> tuple[Tensor, Tensor]:
+    """Times from 3 edge^2 to 1 less it, and their weights, [T] float64 each: close together at both ends, where bounds
+    are steep."""
+    place, weight = np.polynomial.legendre.leggauss(points)
+    x, w = torch.from_numpy((1 + (1 - 2 * edge) * place) / 2), torch.from_numpy(weight) * (0.5 - edge)
+    return x**2 * (3 - 2 * x), w * 6 * x * (1 - x)
