@@ -42,7 +42,15 @@ BD3LM = Family(
     keys=KEYS,
     computed=wavelengths("backbone.", "hidden_dim"),
     decode={"max_new_tokens": 128, "remasking": "random", "temperature": 1.0, "top_p": 0.9},
-    verified="logits in training and in decoding, losses: tests/families/test_bd3lm.py",
+    verified="logits in training and in decoding, losses: tests/families/test_bd3lm.py; first-hitting sampler: "
+    "tests/families/test_recorded_samplers.py",
+    quirks=(
+        (
+            "Of top_p, the token with which the sum passes it is left out",
+            "fixed",
+            "it is kept: the smallest set that reaches top_p",
+        ),
+    ),
     example={
         "model_type": "bd3lm",
         "block_size": 4,

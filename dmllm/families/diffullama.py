@@ -61,7 +61,8 @@ DIFFULLAMA = Family(
     keys=KEYS,
     ignored=(r".*rotary_emb\.inv_freq",),
     decode={**PROCESS, "max_new_tokens": 256, "steps": 64, "temperature": 0.9, "top_p": 0.9},
-    verified="logits with full and causal attention, loss: tests/families/test_diffullama.py",
+    verified="logits with full and causal attention, loss: tests/families/test_diffullama.py; sampler: "
+    "tests/families/test_recorded_samplers.py",
     quirks=(
         (
             "The loss is divided by the number of hidden tokens",

@@ -119,7 +119,7 @@ MDLM = Family(
     keys=keys(""),
     computed=wavelengths("", "hidden_size"),
     decode={**PROCESS, "max_new_tokens": 128, "steps": 128, "temperature": 1.0},
-    verified="logits, losses: tests/families/test_mdlm.py",
+    verified="logits, losses: tests/families/test_mdlm.py; sampler: tests/families/test_recorded_samplers.py",
     quirks=(
         ("noise.eps is not read; the log-linear schedule has 1e-3", "fixed", "another value in config.json is refused"),
         ("Sampling ends with a call at which what is left takes its most probable token", "fixed", "it is drawn too"),

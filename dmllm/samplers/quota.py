@@ -46,7 +46,11 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
 
 def most(canvas: Canvas, config: DecodeConfig, left: Tensor) -> Tensor:
     """How many tokens a call commits at most, [B]: under `schedule: carried` its share and what calls before it turned
-    down of theirs, which is what is open but for the shares of the calls to come; else all that are open."""
+    down of theirs, which is what is open but for the shares of the calls to come; else all that are open.
+
+    Source: code NVlabs/Fast-dLLM (dream/model/generation_utils.py), where a threshold that turns tokens down to the end
+    adds calls, one for each, that are made even after the last token is known; here they are not.
+    """
     if config.schedule != "carried":
         return left
     steps = config.steps_per_block(canvas.ids.shape[1])

@@ -55,6 +55,18 @@ def test_greedy_decoding_takes_the_authors_steps_to_the_authors_tokens(pipe, nam
         assert torch.equal(torch.stack([step.ids for step in out.trajectory]), after)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("fast_full")])
+def test_what_fast_dllms_threshold_turns_down_is_carried_over_to_later_calls(pipe, name) -> None:
+    """Of an even share what is sure, the best in any case; where some are left at the last step, steps are added."""
+    case = CASES[name]
+    params, ids = case["params"], given(case)[0]
+    chosen = {k: params[k] for k in ("steps", "threshold", "max_new_tokens")}
+    options = {"schedule": "carried", "remasking": "low_confidence", "eos_token_id": [], **chosen}
+    out = pipe.generate(ids, **options)
+    assert torch.equal(out.sequences, EXPECTED[f"{name}.tokens"])
+    assert int(out.num_forwards) == case["nfe"]
+
+
 @pytest.mark.parametrize("name", ["origin_s8", "origin_s16"])
 def test_origin_takes_the_authors_number_of_steps_and_their_choice_where_it_chooses(pipe, name) -> None:
     """Which positions are drawn differs with the generator; what is committed there is the most probable token."""
