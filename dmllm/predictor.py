@@ -19,23 +19,26 @@ from torch.nn import functional as F
 
 from dmllm.computed import Kept, is_timed
 from dmllm.nn.graphs import Workspaces
-from dmllm.nn.visibility import check_layout
+from dmllm.nn.visibility import ORDERED, check_layout
 from dmllm.samplers import process_of
 from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
+from dmllm.samplers.causal import CausalPredictor, check_drafts, check_prompts, token_by_token
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.constraint import Constraint
 from dmllm.samplers.denoise import denoise
 from dmllm.samplers.estimate import estimate
-from dmllm.samplers.likelihood import draw_views, likelihood
+from dmllm.samplers.likelihood import chain_rule, draw_views, likelihood
+from dmllm.samplers.ordered import OrderedPredictor, check_ordered, draw_ranks, order_values
 from dmllm.samplers.policy import CachePolicy
 from dmllm.samplers.process import Predict
+from dmllm.samplers.speculate import SPECULATIVE
 from dmllm.samplers.stream import Stream
 from dmllm.samplers.whole import WholePredictor
 from dmllm.types import PADDING, PREFIX, TEXT, Batch, Step
 
-PREDICTORS = (ApproximatePredictor, BlockPredictor, WholePredictor)
+PREDICTORS = (ApproximatePredictor, BlockPredictor, CausalPredictor, OrderedPredictor, WholePredictor)
 
 
 def prepare(
@@ -65,8 +68,17 @@ def prepare(
         )
     kind = config.visibility or model.config.visibility
     trained = check_layout(kind)
+    if predicts_next(model, kind):
+        return _token_by_token(model, prompts, config, mask_id, use_cache, draft, workspaces, kept)
+    if config.speculate:
+        raise ValueError(
+            f"speculate={config.speculate} is for models of which a row predicts the next token and sees none behind "
+            f"it; this one has visibility={kind!r}, shift={model.config.shift}. Leave it out."
+        )
     if trained is not None and config.blocks_ahead:
         raise ValueError(f"blocks_ahead={config.blocks_ahead}: with visibility={kind!r} no block sees those behind it.")
+    if kind == ORDERED:
+        check_ordered(config)
     config, draft = _with_suffix(config, draft, len(prompts), mask_id, kind)
     length, scale, policy = config.max_new_tokens, config.cfg_scale, CachePolicy.of(config.cache)
     first = config.prompt_first and model.config.shift and (kind != "full" or policy is not None)
@@ -89,6 +101,9 @@ def prepare(
     if trained is not None:
         alone = (config.sub_block_length or config.block_length) if config.sub_block_cache else None
         return BlockPredictor(stream, canvas, cfg_scale=scale, sub_block_length=alone, behind=first), canvas, config
+    if kind == ORDERED:
+        return OrderedPredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft), canvas, config
+    canvas = replace(canvas, space=getattr(model, "space", None))
     opened = {"block_length": config.block_of(length), "blocks_ahead": config.blocks_ahead}
     predict = WholePredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft, **opened)
     if first:
@@ -97,6 +112,36 @@ def prepare(
         greedy = replace(config, temperature=0.0, top_p=1.0)
         canvas = canvas.commit(place, estimate(predict(canvas, place), mask_id, greedy).tokens, place == 0)
     return predict, canvas, config
+
+
+def predicts_next(model: Any, kind: str) -> bool:
+    """Whether, under the visibility `kind`, a row says what follows all that it sees: then one is fed at a time."""
+    return kind == "causal" and bool(model.config.shift)
+
+
+def _token_by_token(
+    model: Any,
+    prompts: Batch,
+    config: DecodeConfig,
+    mask_id: int,
+    use_cache: bool | None,
+    draft: Tensor | None,
+    workspaces: Workspaces | None,
+    kept: Kept | None,
+) -> tuple[Predict, Canvas, DecodeConfig]:
+    """As `prepare`, for a model that predicts the next token."""
+    if config.suffix_ids or draft is not None:
+        said = f"suffix_ids={config.suffix_ids}" if draft is None else "draft="
+        raise ValueError(f"{said} is not for a model that predicts the next token, and sees none behind it.")
+    check_prompts((prompts.documents != PADDING).sum(1).tolist())
+    check_drafts(model, config.speculate)
+    cached = keeps_cache(model, prompts, "causal", use_cache, CachePolicy.of(config.cache))
+    config = token_by_token(config)
+    canvas = whole_blocks(_lengths(model, prompts), config.max_new_tokens, 1, mask_id)
+    masked = mask_id if config.cfg_scale else None
+    given = {"cached": cached, "masked": masked, "workspaces": workspaces, "kept": kept}
+    stream = stream_of(model, prompts, config.max_new_tokens, "causal", **given)
+    return CausalPredictor(stream, cfg_scale=config.cfg_scale), canvas, config
 
 
 def decode(
@@ -111,7 +156,8 @@ def decode(
 ) -> Iterator[Step]:
     """The steps of `denoise`, the canvas cut to `length` tokens; in the end its cache goes back to `workspaces`."""
     try:
-        for step in denoise(predict, canvas, config, draws, constraint, process=process_of(model)):
+        process = SPECULATIVE if config.speculate else process_of(model)
+        for step in denoise(predict, canvas, config, draws, constraint, process=process):
             yield replace(step, ids=step.ids[:, :length], committed=step.committed[:, :length])
     finally:
         workspaces.give(predict.stream.cache if isinstance(predict, PREDICTORS) else None)
@@ -142,7 +188,7 @@ def keeps_cache(
             f"use_cache=True: with visibility={kind!r} the prompt {why}, so what is cached would change; leave "
             "use_cache out."
         )
-    return not changes and prompts.input_ids.shape[1] > 0
+    return not changes and (prompts.input_ids.shape[1] > 0 or kind == ORDERED)
 
 
 def _approximate(
@@ -173,6 +219,7 @@ def stream_of(
     masked: int | None = None,
     workspaces: Workspaces | None = None,
     kept: Kept | None = None,
+    streams: int = 1,
 ) -> Stream:
     """The prompts, pictures encoded, with a canvas of `length` tokens behind each.
 
@@ -181,11 +228,13 @@ def stream_of(
         masked: a mask token that takes the place of every prompt row, image rows included, in a second copy below.
         workspaces: where a GPU's cache comes from.
         kept: what earlier requests have computed.
+        streams: how many times the canvas stands there, at the same positions.
     """
     kept = Kept.of(0, 0) if kept is None else kept
     features, given = kept.images(model, prompts), prompts
     prompts = prompts.to(model.device)
-    stream, positions = model.embed(prompts.input_ids, prompts.image_slots, features), _positions(prompts, length)
+    stream = model.embed(prompts.input_ids, prompts.image_slots, features)
+    positions, length = _positions(prompts, length, streams), length * streams
     lengths, copies = _lengths(model, prompts), 1 if masked is None else 2
     if masked is not None:
         hidden = torch.full_like(prompts.input_ids, masked)
@@ -254,49 +303,67 @@ def likelihoods(
     draws: list[Generator],
     *,
     num_samples: int,
-    hidden: Tensor | None,
+    hidden: Any,
     batch_size: int,
     cfg_scale: float,
     use_cache: bool | None,
     kept: Kept | None = None,
+    orders: Any = None,
 ) -> Tensor:
-    """log p(answer | prompt) in nats for each pair, [B] float64 (see `samplers.likelihood`).
+    """log p(answer | prompt) in nats for each pair, [B] float64 (see `samplers.likelihood`): a bound from random views
+    or orders, or where a row predicts the next token itself, in one call.
 
     Args:
         prompts: each a batch of one.
         answers: [n] int64 each.
         hidden: [S, n] bool, in place of `num_samples` drawn views; for one answer.
+        orders: [S, n], in place of drawn ones, for models that know every order; each is exact by itself.
 
     Raises:
         ValueError: numbers or shapes do not fit, or the answer is not on one canvas.
     """
     kind = model.config.visibility
-    if kind not in ("full", "prefix"):
+    exact, ordered = predicts_next(model, kind), kind == ORDERED
+    if (orders is not None and not ordered) or (hidden is not None and ordered):
+        raise ValueError(f"visibility={kind!r} takes {'orders= in place of hidden' if ordered else 'no orders'}=.")
+    if kind not in ("full", "prefix") and not exact and not ordered:
         raise ValueError(f"Likelihoods need a model that masks a whole answer at once, not visibility={kind!r}.")
+    if exact and hidden is not None:
+        raise ValueError("hidden= is for models that mask; this one's likelihood is exact. Leave it out.")
+    if exact:
+        check_prompts([int((prompt.documents != PADDING).sum()) for prompt in prompts])
     if len(answers) != len(prompts) or not all(answer.ndim == 1 and len(answer) for answer in answers):
         raise ValueError(f"answer_ids: {len(answers)} for {len(prompts)} prompts; give each one that is not empty.")
     found = []
     for prompt, answer, own in zip(prompts, answers, draws, strict=True):
-        views = draw_views(len(answer), num_samples, own).to(answer.device) if hidden is None else hidden
+        cached = keeps_cache(model, prompt, kind, use_cache)
+        masked, streams = mask_id if cfg_scale else None, 2 if ordered else 1
+        given = {"cached": cached, "masked": masked, "kept": kept, "streams": streams}
+        stream = stream_of(model, prompt, len(answer), kind, **given)
+        predict = WholePredictor(stream, cfg_scale=cfg_scale)
+        if ordered:
+            ranks = draw_ranks(len(answer), num_samples, own, orders).to(answer.device)
+            found.append(order_values(stream, answer, ranks, mask_id, batch_size, cfg_scale).mean())
+            continue
+        if exact:
+            found.append(chain_rule(predict, answer, mask_id))
+            continue
+        views = draw_views(len(answer), num_samples, own) if hidden is None else torch.as_tensor(hidden).bool()
         if views.shape[1:] != answer.shape or not bool(views.any(1).all()) or (hidden is not None and len(answers) > 1):
             raise ValueError(
                 f"hidden is {tuple(views.shape)} for {len(answers)} answers; it takes [views, {len(answer)}] for one "
                 "answer, with something hidden in each view."
             )
-        cached = keeps_cache(model, prompt, kind, use_cache)
-        masked = mask_id if cfg_scale else None
-        stream = stream_of(model, prompt, len(answer), kind, cached=cached, masked=masked, kept=kept)
-        predict = WholePredictor(stream, cfg_scale=cfg_scale)
-        found.append(likelihood(predict, answer, views, mask_id, batch_size))
+        found.append(likelihood(predict, answer, views.to(answer.device), mask_id, batch_size))
     return torch.stack(found)
 
 
-def _positions(prompts: Batch, length: int) -> Tensor:
+def _positions(prompts: Batch, length: int, streams: int) -> Tensor:
     """Positions [B, P + N] or [4, B, P + N]: the canvas continues each prompt from its own last one, which on three
-    axes is the largest of the three."""
+    axes is the largest of the three; once for each stream."""
     real, positions = prompts.documents != PADDING, prompts.positions
     after = F.pad(torch.where(real, positions, -1), (1, 0), value=-1).amax(-1, keepdim=True) + 1
     if positions.ndim == 3:
         after = torch.cat([after[:1], after[1:].amax(0, keepdim=True).expand(3, -1, -1)])
     following = after + torch.arange(length, device=real.device)  # [B, N] or [4, B, N]
-    return torch.cat([positions, following], -1)
+    return torch.cat([positions, *[following] * streams], -1)

@@ -13,7 +13,14 @@ from typing import Any
 from dmllm.config import keys_of, refuse_unknown
 from dmllm.registry import Table
 
-HEADS = Table("head", {})
+HEADS = Table(
+    "head",
+    {
+        "mtp": "dmllm.models.mtp:MTP",
+        "insertion": "dmllm.models.missing:MISSING",
+        "latent": "dmllm.models.latent:LATENT",
+    },
+)
 
 
 def build_head(name: str, options: Mapping[str, Any], hidden_size: int, vocab_size: int) -> Any:

@@ -16,6 +16,8 @@ OBJECTIVES = Table(
         "block": "dmllm.objectives.block:BLOCK",
         "autoregressive": "dmllm.objectives.autoregressive:AUTOREGRESSIVE",
         "permutation": "dmllm.objectives.permutation:PERMUTATION",
+        "insertion": "dmllm.objectives.insertion:INSERTION",
+        "continuous": "dmllm.objectives.continuous:CONTINUOUS",
     },
 )
 

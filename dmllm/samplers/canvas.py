@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,22 @@ PER_ROW = (
     "stable",
     "accepted",
     "confidence",
+    "extent",
+    "closed",
+    "latents",
 )
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What may come next in each row, until a call has said so."""
+
+    tokens: Tensor  # [B, S] int64
+    masses: Tensor | None = None  # [B, S, V], what they were drawn from; None where nothing is drawn
+
+    def take(self, rows: Tensor) -> Drafts:
+        """Some rows of the batch, `rows` [B'] int64."""
+        return Drafts(self.tokens[rows], None if self.masses is None else self.masses[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +64,11 @@ class Canvas:
     confidence: Tensor  # [B, N] float32: how probable a token was when it was committed, where a rule asks for it
     mask_id: int
     heard: Heard | None = None  # the last call's logits, where a rule compares with them
+    drafts: Drafts | None = None  # what the last call expects next, where that is tried
+    extent: Tensor | None = None  # [B] int64: how many of the N places there are, on a canvas that grows
+    closed: Tensor | None = None  # [B, N + 1] bool: gaps where nothing is inserted, before each place and at the end
+    latents: Tensor | None = None  # [B, N, F]: what stands in place of tokens that are not known, for `space` to enter
+    space: Any = None  # where tokens are vectors: the model's head for them (`models.latent.Latent`)
     block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's
 
     @staticmethod
@@ -82,10 +103,15 @@ class Canvas:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def _per_row(self) -> list[str]:
+        """What of PER_ROW this canvas has."""
+        return [name for name in PER_ROW if getattr(self, name) is not None]
+
     def take(self, rows: Tensor) -> Canvas:
         """Some rows of the batch, `rows` [B'] int64."""
-        heard = None if self.heard is None else self.heard.take(rows)
-        return replace(self, heard=heard, **{name: getattr(self, name)[rows] for name in PER_ROW})
+        heard, drafts = (None if own is None else own.take(rows) for own in (self.heard, self.drafts))
+        return replace(self, heard=heard, drafts=drafts, **{name: getattr(self, name)[rows] for name in self._per_row})
 
     def keep(self, rows: Tensor, before: Canvas) -> Canvas:
         """This canvas, but the rows `rows` [B] bool as they were `before`, of the same requests."""
@@ -94,13 +120,14 @@ class Canvas:
             new, old = getattr(self, name), getattr(before, name)
             return torch.where(rows.view(-1, *(1 for _ in new.shape[1:])), old, new)
 
-        return replace(self, **{name: choose(name) for name in PER_ROW if name != "requests"})
+        return replace(self, **{name: choose(name) for name in self._per_row if name != "requests"})
 
     def put(self, part: Canvas) -> Canvas:
         """This first canvas with the rows of `part` in their places: the inverse of `take`."""
         if part.requests is self.requests:
             return part
-        return replace(self, **{n: getattr(self, n).index_copy(0, part.requests, getattr(part, n)) for n in PER_ROW})
+        there = part.requests
+        return replace(self, **{n: getattr(self, n).index_copy(0, there, getattr(part, n)) for n in self._per_row})
 
     def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor, *, edit: bool = False) -> Canvas:
         """Write `tokens` [B, K] at positions `rows` [B, K] where `chosen` [B, K].

@@ -140,6 +140,8 @@ class DecodeConfig:
     """Tokens that end a reply; None is the checkpoint's own, [] never ends one early."""
     stop_sequences: list[list[int]] = field(default_factory=list)
     """Runs of tokens that end a reply too, e.g. the ids of a word (LLaDA-V's stopping_criteria)."""
+    gaussian: dict[str, Any] | None = None
+    """For models that denoise vectors: sampler and clamp, the fields of `samplers.gaussian.GaussianDecoding`."""
     constraint: Any = None
     """What an answer's text must match, whatever the other settings: a regular expression (as `re.fullmatch` reads
     it), a JSON schema (a dict), or a list with one, a list of choices, or None for each request of a batch."""

@@ -113,7 +113,7 @@ def _read(
     padded, probs = buffers
     scores = padded[:, : logits.shape[1]]
     scores.copy_(logits)
-    _forbid(scores, mask_id, config)
+    forbid(scores, mask_id, config)
     highest, top = _greatest(padded)
     tokens = top
     if config.draws_tokens and (given is None or uniform is not None):
@@ -167,11 +167,12 @@ def _divergence(now: Tensor, before: Tensor, mask_id: int, config: DecodeConfig)
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
-def _forbid(scores: Tensor, mask_id: int, config: DecodeConfig) -> None:
+def forbid(scores: Tensor, mask_id: int, config: DecodeConfig) -> None:
+    """Rules out, in scores [..., V] that are changed, what is never chosen."""
     if not config.choose_mask:
-        scores[:, mask_id] = -torch.inf
+        scores[..., mask_id] = -torch.inf
     for token in config.suppress_ids:
-        scores[:, token] = -torch.inf
+        scores[..., token] = -torch.inf
 
 
 def draw(scores: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -180,11 +181,21 @@ def draw(scores: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     One random number a position, in float64: a row of the batch draws the same whatever its neighbours are, and rare
     tokens keep their share. With top_p < 1 only the most probable tokens that together reach it remain.
     """
+    return invert(distribution(scores, temperature, top_p), uniform)
+
+
+def distribution(scores: Tensor, temperature: float, top_p: float) -> Tensor:
+    """softmax(scores [..., V] / temperature), with top_p < 1 without what is less probable than those that reach it."""
     mass = (scores / temperature).softmax(-1)
     if top_p < 1:
         ordered, index = mass.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         mass = torch.zeros_like(mass).scatter_(-1, index, ordered.masked_fill(before >= top_p, 0.0))
+    return mass
+
+
+def invert(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Where the cumulative sums of masses [..., V] reach the shares `uniform` [...] of the whole, [...] int64."""
     cumulative = mass.cumsum(-1, dtype=torch.float64)
     target = uniform[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=scores.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=mass.shape[-1] - 1)

@@ -30,6 +30,15 @@ def likelihood(predict: Predict, answer: Tensor, hidden: Tensor, mask_id: int, b
 
 
 @torch.no_grad()
+def chain_rule(predict: Predict, answer: Tensor, mask_id: int) -> Tensor:
+    """log p(answer) in nats, a float64 scalar, where no position's logits depend on what stands there or behind it:
+    the sum of log p(token | those before it), from one call."""
+    canvas = Canvas.of(answer[None], torch.ones_like(answer, dtype=torch.bool)[None], mask_id)
+    logits = predict(canvas, torch.arange(len(answer), device=answer.device)[None]).float()[0]
+    return (logits.gather(-1, answer[:, None]).squeeze(-1) - logits.logsumexp(-1)).double().sum()
+
+
+@torch.no_grad()
 def view_values(predict: Predict, answer: Tensor, hidden: Tensor, mask_id: int, batch_size: int) -> Tensor:
     """What each view says of log p(answer) in nats, [S] float64.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from dmllm.nn.graphs import ROWS, Graphed, capturable
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.samplers.canvas import Canvas
 from dmllm.types import PADDING, PREFIX
+
+Call = Callable[..., Tensor]
+"""(model, cache, *tensors) -> what is asked of the rows fed, as `call_model`."""
 
 
 class Stream:
@@ -74,6 +78,11 @@ class Stream:
         """P."""
         return self._prompts.shape[1]
 
+    @property
+    def all_given(self) -> bool:
+        """Whether every request has a prompt."""
+        return min(self._counts, default=0) > 0
+
     def follow(self, requests: Tensor) -> Tensor | None:
         """Only the rows of `requests` [B'] from now on; which of the rows these are, None if nothing has changed."""
         if requests is self._requests:
@@ -113,16 +122,17 @@ class Stream:
         return self._window[2], self._window[3]
 
     @torch.no_grad()
-    def store(self, multiple: int = 1) -> None:
-        """Computes the prompts for the cache alone, as far as they are whole multiples of so many rows; what has been
-        loaded, in whole multiples too, is not computed again."""
-        ends = [count // multiple * multiple for count in self._counts]
-        if width := max((end - known for end, known in zip(ends, self.loaded, strict=True)), default=0):
+    def store(self, multiple: int = 1, left: int = 0) -> None:
+        """Computes the prompts for the cache alone, as far as they are whole multiples of so many rows, but for the
+        last `left`; what has been loaded, in whole multiples too, is not computed again."""
+        ends = [(count - left) // multiple * multiple for count in self._counts]
+        if (width := max((end - known for end, known in zip(ends, self.loaded, strict=True)), default=0)) > 0:
             first, end = (torch.tensor(places, device=self.lengths.device) for places in (self.loaded, ends))
             nothing = torch.zeros(len(end), max(self.length, 1), dtype=torch.int64, device=end.device)
             window = self.run(first, end, width)
             self.feed(nothing, *window, nothing[:, :0], nothing[:, 0].float())
-        self.stored()
+        if not left:
+            self.stored()
 
     def stored(self) -> None:
         """Says that the prompts' rows are in place, as far as they do not depend on the canvas."""
@@ -131,9 +141,18 @@ class Stream:
             self._keep = None
 
     def feed(
-        self, ids: Tensor, places: Tensor, real: Tensor, asked: Tensor, time: Tensor, rows: Tensor | None = None
+        self,
+        ids: Tensor,
+        places: Tensor,
+        real: Tensor,
+        asked: Tensor,
+        time: Tensor,
+        rows: Tensor | None = None,
+        call: Call | None = None,
+        order: tuple[Tensor, Tensor] | None = None,
+        soft: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Logits [B, K, V].
+        """Logits [B, K, V], or what `call` makes of the model.
 
         Args:
             ids: [B, N], the canvas.
@@ -141,14 +160,22 @@ class Stream:
             asked: [B, K], the places whose tokens are asked for, each among those fed.
             time: [B], for models conditioned on it.
             rows: [B] int64, of which rows of the batch all this is; None is all.
+            call: what is asked of the model, a function as `call_model`, which it is where this is None.
+            order: [B, N] each, ranks of the canvas's tokens and which are known, where the layout does not say it.
+            soft: [B, N, F] and [B, N], what stands in place of the canvas's tokens (the model's `enter`), and where.
         """
+        call = call_model if call is None else call
         prompts, positions = self._prompts, self._positions
         lengths, prefix = self.lengths[:, None], self._prefix[:, None]
         if rows is not None:
             prompts, positions = prompts[rows], positions.index_select(-2, rows)
             lengths, prefix = lengths[rows], prefix[rows]
         of_prompt = places < lengths
-        stream = self.model.embed(ids.gather(1, (places - lengths).clamp(0, self.length - 1)))
+        of_canvas = (places - lengths).clamp(0, self.length - 1)
+        stream = self.model.embed(ids.gather(1, of_canvas))
+        if soft is not None:
+            latents = soft[0].gather(1, of_canvas[..., None].expand(-1, -1, soft[0].shape[-1]))
+            stream = torch.where(soft[1].gather(1, of_canvas)[..., None], self.model.enter(latents), stream)
         if self.given:
             column = places.clamp(max=self.given - 1)[..., None].expand(-1, -1, prompts.shape[-1])
             stream = torch.where(of_prompt[..., None], prompts.gather(1, column), stream)
@@ -159,6 +186,9 @@ class Stream:
             canvas=~of_prompt,
             positions=places,
         )
+        if order is not None:
+            rank, known = (x.gather(1, of_canvas) for x in order)
+            rule = replace(rule, rank=torch.where(of_prompt, rule.rank, rank), canvas=rule.canvas & ~known)
         inputs = (
             stream,
             positions.gather(-1, column.expand(*positions.shape[:-1], -1)),
@@ -167,17 +197,14 @@ class Stream:
             time,
         )
         if self.cache is None:
-            return self._call(*inputs)
+            return call(self.model, None, *inputs)
         stored = self._stored(places, real)
         if self._captures and rows is None and places.numel() <= ROWS and asked.numel():
-            key = tuple(x.shape for x in inputs)
-            call = self.cache.graphs.setdefault(key, Graphed(Cached(self.model, self.cache)))
-            return call(*inputs, stored)
+            key = (call, *(x.shape for x in inputs))
+            graph = self.cache.graphs.setdefault(key, Graphed(Cached(self.model, self.cache, call)))
+            return graph(*inputs, stored)
         self.cache.put(stored, rows)
-        return self._call(*inputs)
-
-    def _call(self, stream: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
-        return call_model(self.model, self.cache, stream, positions, *rest)
+        return call(self.model, self.cache, *inputs)
 
     def _stored(self, places: Tensor, real: Tensor) -> Tensor:
         """Where the rows are written; the same tensor as for the same window before."""
@@ -197,13 +224,13 @@ def is_static(device: torch.device) -> bool:
 class Cached:
     """The model on one cache, as a function of tensors alone; not of a request, so that another can take it over."""
 
-    def __init__(self, model: Any, cache: KVCache):
-        self.model, self.cache = model, cache
+    def __init__(self, model: Any, cache: KVCache, call: Call):
+        self.model, self.cache, self.call = model, cache, call
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """As `call_model`; the last of the inputs says where rows are written."""
         self.cache.put(inputs[-1][:])  # other places, even in the same memory
-        return call_model(self.model, self.cache, *inputs[:-1])
+        return self.call(self.model, self.cache, *inputs[:-1])
 
 
 def call_model(
