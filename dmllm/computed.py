@@ -5,7 +5,8 @@ document; and by who sees whom and the model's weights as they are. What is take
 
     causal     the longest beginning that both have
     block:N    the same in whole blocks
-    prefix     the whole prompt, or else its rows of document PREFIX, which see nothing but each other
+    prefix     the whole prompt, or else its rows of document PREFIX, which see nothing but each other; and
+    permutation  the same
     full       nothing: every row sees the canvas
 
 Keys and values are kept where they were computed, the longest unused ones leaving first.
@@ -27,12 +28,13 @@ from torch import Tensor
 
 from dmllm.encoded import ROOM, EncodedImages, weights_of
 from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import check_layout
+from dmllm.nn.visibility import ORDERED, check_layout
 from dmllm.requests import fingerprint
 from dmllm.tiling import Resize
 from dmllm.types import PADDING, PREFIX, TEXT, Batch
 
 Saved = dict[str, Tensor]
+WHOLE = ("prefix", ORDERED)  # of which every prompt row sees all of the prompt
 
 
 class ComputedPrompts:
@@ -122,7 +124,7 @@ class ComputedPrompts:
         with self._lock:
             if not 0 < size <= self.room or key in self._kept or weights != self._weights:
                 return
-            if visibility != "prefix":  # one that this begins with is of no further use
+            if visibility not in WHOLE:  # one that this begins with is of no further use
                 for other in [k for k in self._kept if k[0] == visibility and key[1].startswith(k[1])]:
                     self.bytes -= _bytes(self._kept.pop(other))
             self._kept[key] = cache.save(row, len(prompt))
@@ -188,7 +190,7 @@ def _usable(visibility: str, known: np.ndarray, prompt: np.ndarray) -> int:
     both = min(len(known), len(prompt))
     differs = (known[:both] != prompt[:both]).any(1)
     common = int(differs.argmax()) if differs.any() else both
-    if visibility != "prefix":
+    if visibility not in WHOLE:
         multiple = check_layout(visibility) or 1
         return common // multiple * multiple
     if common == len(known) == len(prompt):

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from dmllm.data.chat import as_messages
 from dmllm.data.holes import Gapped, Laid, gapped
+from dmllm.nn.visibility import ORDERED
 from dmllm.predictor import prepare
 from dmllm.requests import Seeds, row_generators, split_requests
 from dmllm.samplers.canvas import Canvas
@@ -138,10 +139,10 @@ def _settings(pipeline: Any, decode: dict[str, Any]) -> DecodeConfig:
         decode = {**{k: v for k, v in decode.items() if k != "steps"}, "block_steps": decode["steps"]}
     config = pipeline.decode_config(**decode)
     kind = config.visibility or pipeline.model.config.visibility
-    if kind not in ("full", "prefix"):
+    if kind not in ("full", "prefix", ORDERED):
         raise ValueError(
             f"A hole is filled from what stands on both sides, and with visibility={kind!r} the text behind it is not "
-            "seen; use a model with full or prefix attention, or rank() on texts that are whole."
+            "seen; use a model with full, prefix or permutation attention, or rank() on texts that are whole."
         )
     steps = None
     if config.steps is not None:

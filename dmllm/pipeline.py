@@ -223,6 +223,7 @@ class Pipeline:
         *,
         num_samples: int = 128,
         hidden: Any = None,
+        orders: Any = None,
         cfg_scale: float = 0.0,
         batch_size: int = 16,
         generator: Seeds = None,
@@ -235,6 +236,7 @@ class Pipeline:
             answer_ids: [B, n], or a list of B answers of any lengths.
             num_samples: views of each answer, some of its tokens hidden in each.
             hidden: [num_samples, n] bool, what each view hides, in place of drawing it; for one row.
+            orders: [num_samples, n], places of the answer in the order in which they come, for models that know all.
             cfg_scale: guidance, as in decoding.
             batch_size: views in one model call.
 
@@ -242,18 +244,14 @@ class Pipeline:
             ValueError: shapes do not fit, an answer is empty, or the model conditions on more than one masked answer.
         """
         examples = [own.example for own in self._asked(input_ids, attention_mask, images)[1]]
+        views = {"num_samples": num_samples, "hidden": hidden, "orders": orders, "batch_size": batch_size}
         return likelihoods(
             self.model,
             [self._collate([example]) for example in examples],
             [torch.as_tensor(answer, device=self.device) for answer in answer_ids],
             self.special.mask,
             row_generators(generator, examples),
-            num_samples=num_samples,
-            hidden=None if hidden is None else torch.as_tensor(hidden, device=self.device).bool(),
-            batch_size=batch_size,
-            cfg_scale=cfg_scale,
-            use_cache=use_cache,
-            kept=self.kept,
+            **{**views, "cfg_scale": cfg_scale, "use_cache": use_cache, "kept": self.kept},
         )
 
     def infill(

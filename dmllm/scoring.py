@@ -5,6 +5,7 @@ there and, for processors that pad answers, end tokens up to a length that all t
 
     full, prefix     a lower bound on log p(answer) by Monte Carlo (`samplers.likelihood`)
     block:N          the sum of such bounds, each of a block given all before it
+    permutation      the same bound by the chain rule in random orders, each view one of them
     causal, block:1  log p(answer) itself
 
 All answers to one question are hidden by the same random numbers, so that what one is behind another is known better
@@ -25,11 +26,12 @@ from torch.nn import functional as F
 from dmllm.computed import Kept
 from dmllm.data.answers import completed
 from dmllm.data.chat import as_messages
-from dmllm.nn.visibility import check_layout
+from dmllm.nn.visibility import ORDERED, check_layout
 from dmllm.predictor import keeps_cache, stream_of
 from dmllm.registry import nearest
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.likelihood import Noise, bound
+from dmllm.samplers.ordered import order_values
 from dmllm.samplers.process import Predict
 from dmllm.samplers.stream import Stream, guided
 from dmllm.types import Batch, Example
@@ -82,9 +84,9 @@ class Question:
         self.model, self.mask_id, self.cfg_scale = model, mask_id, cfg_scale
         self.block_length = 1 if kind == "causal" else check_layout(kind)
         kind = kind if self.block_length is None else f"block:{self.block_length}"
-        cached = keeps_cache(model, prompt, kind, use_cache)
-        masked = mask_id if cfg_scale else None
-        self.stream = stream_of(model, prompt, longest, kind, cached=cached, masked=masked, kept=kept)
+        cached, self.ordered = keeps_cache(model, prompt, kind, use_cache), kind == ORDERED
+        given = {"cached": cached, "masked": mask_id if cfg_scale else None, "kept": kept}
+        self.stream = stream_of(model, prompt, longest, kind, streams=2 if self.ordered else 1, **given)
         self.given = prompt.input_ids.shape[1]
         if cached:
             self.stream.store(self.block_length or 1)
@@ -108,6 +110,9 @@ class Question:
             places: [n], the columns of the noise that hide the tokens.
             batch_size: views in one model call.
         """
+        if self.ordered:
+            ranks = noise.order[:, places.cpu()].argsort(1).argsort(1).to(answer.device)
+            return order_values(self.stream, answer, ranks, self.mask_id, batch_size, self.cfg_scale)[:, None]
         stream, found = self.stream.fork(1), []
         if self.exact and self.model.config.shift:
             total = self._in_one_call(stream, answer)

@@ -41,6 +41,7 @@ ATTENTION = {
     "full": "prompt and answer see each other",
     "prefix": "the answer sees the prompt, the prompt only itself",
     "causal": "each token sees those before it",
+    "permutation": "the prompt sees itself, each token what is given and what became known before it",
 }
 
 
