@@ -125,15 +125,14 @@ def generators(*seeds: int) -> list[Generator]:
 
 
 class Strings:
-    """A random distribution over all texts of `shortest` to `longest` words, and what is exact when tokens are masked and gone.
+    """A random distribution over all texts of `shortest` to `longest` words, and what is exact of texts of which tokens
+    are masked or gone.
 
     `with_head` is what samplers call, `score` what objectives call, with one row in front of each text; both say the
     logarithm of how many tokens a gap is expected to miss.
     """
 
-    def __init__(
-        self, vocab: int = 2, longest: int = 3, shortest: int = 1, *, seed: int = 0, sharpness: float = 1.0
-    ):
+    def __init__(self, vocab: int = 2, longest: int = 3, shortest: int = 1, *, seed: int = 0, sharpness: float = 1.0):
         self.vocab, self.mask = vocab, vocab
         self.texts = [t for n in range(shortest, longest + 1) for t in itertools.product(range(vocab), repeat=n)]
         scores = torch.randn(len(self.texts), generator=Generator().manual_seed(seed), dtype=torch.float64)
@@ -177,7 +176,9 @@ class Strings:
                 memory[key] = self.said(*key)
             tokens[b, :extent, : self.vocab], gaps[b, : extent + 1] = memory[key]
         shape = (*rows.shape, self.vocab + 1)
-        return tokens.log().clamp(min=LEAST).gather(1, rows[..., None].expand(shape)), gaps.gather(1, others + 1).log().clamp(min=LEAST)
+        return tokens.log().clamp(min=LEAST).gather(1, rows[..., None].expand(shape)), gaps.gather(
+            1, others + 1
+        ).log().clamp(min=LEAST)
 
     def score(
         self, *, input_ids: Tensor, visibility: Any, rows: Tensor, time: Tensor, heads: dict[str, Tensor], **_: Any

@@ -19,6 +19,7 @@ HEADS = Table(
         "mtp": "dmllm.models.mtp:MTP",
         "insertion": "dmllm.models.missing:MISSING",
         "latent": "dmllm.models.latent:LATENT",
+        "self_conditioning": "dmllm.models.feedback:SELF_CONDITIONING",
     },
 )
 

@@ -5,7 +5,14 @@ from typing import Any
 from dmllm.registry import Table
 from dmllm.samplers.process import Process
 
-PROCESSES = Table("process", {"absorbing": "dmllm.samplers.absorbing:ABSORBING"})
+PROCESSES = Table(
+    "process",
+    {
+        "absorbing": "dmllm.samplers.absorbing:ABSORBING",
+        "insertion": "dmllm.samplers.insertion:INSERTION",
+        "gaussian": "dmllm.samplers.gaussian:GAUSSIAN",
+    },
+)
 
 
 def process_of(model: Any) -> Process:

@@ -8,11 +8,17 @@ Shapes: B rows of the batch (twice the requests under guidance), K positions ask
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dmllm.nn.cache import KVCache
+from dmllm.nn.visibility import Visibility
 from dmllm.samplers.canvas import Canvas
-from dmllm.samplers.stream import Stream, asked_twice, guided
+from dmllm.samplers.stream import Call, Stream, asked_twice, guided
 
 
 class WholePredictor:
@@ -40,9 +46,32 @@ class WholePredictor:
         if stream.cache is not None:
             stream.store()
 
-    @torch.no_grad()
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K]."""
+        return guided(self._feed(canvas, rows), self.cfg_scale)
+
+    def with_head(self, canvas: Canvas, rows: Tensor, name: str, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K, V], and what the head `name` says, [B, G], at the canvas positions `others` [B, G], of which -1
+        is the prompt's last row.
+
+        Raises:
+            ValueError: there is a request without a prompt.
+        """
+        if not self.stream.all_given:
+            raise ValueError(
+                "A request has an empty prompt, and no row stands in front of its answer; begin with a token such as "
+                "bos, as the training texts did."
+            )
+        asked = torch.cat([rows, others], 1)
+        logits, said = self._feed(canvas, asked, _asking(name, rows.shape[1]))
+        return guided(logits, self.cfg_scale), guided(said, self.cfg_scale)
+
+    def said_by(self, canvas: Canvas, rows: Tensor, name: str) -> Tensor:
+        """What the head `name` says, [B, K, F], at the canvas positions `rows` [B, K]."""
+        return guided(self._feed(canvas, rows, _asking(name, 0))[1], self.cfg_scale)
+
+    @torch.no_grad()
+    def _feed(self, canvas: Canvas, rows: Tensor, call: Call | None = None) -> Any:
         stream = self.stream
         stream.follow(canvas.requests)
         lengths, cached = stream.lengths, stream.cache is not None
@@ -50,11 +79,44 @@ class WholePredictor:
         if self._blocks_ahead is not None:
             last = canvas.block.clamp(min=0).repeat(stream.copies) + self._blocks_ahead
             opened = opened.minimum((last + 1) * self._block_length)
+        if canvas.extent is not None:
+            opened = canvas.extent.repeat(stream.copies)
         window = stream.run(
             lengths if cached else torch.zeros_like(lengths),
             lengths + opened,
             stream.length if cached else stream.given + stream.length,
         )
         asked = rows.repeat(stream.copies, 1) + lengths[:, None]
-        ids = asked_twice(canvas, self.cfg_scale, self._masks_draft)
-        return guided(stream.feed(ids, *window, asked, canvas.time.repeat(stream.copies)), self.cfg_scale)
+        ids, soft = asked_twice(canvas, self.cfg_scale, self._masks_draft), None
+        if canvas.latents is not None:
+            soft = canvas.latents.repeat(stream.copies, 1, 1), ~canvas.committed.repeat(stream.copies, 1)
+        return stream.feed(ids, *window, asked, canvas.time.repeat(stream.copies), call=call, soft=soft)
+
+
+@lru_cache(maxsize=256)
+def _asking(name: str, count: int) -> Callable[..., Any]:
+    """As `stream.call_model`, for logits of the first `count` rows asked for and what a head says of the others."""
+
+    def call(
+        model: Any,
+        cache: KVCache | None,
+        stream: Tensor,
+        positions: Tensor,
+        rank: Tensor,
+        canvas: Tensor,
+        document: Tensor,
+        rows: Tensor,
+        time: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        output = model(
+            inputs_embeds=stream,
+            positions=positions,
+            visibility=Visibility(rank, canvas, document),
+            cache=cache,
+            time=time,
+            rows=rows[:, :count],
+            heads={name: rows[:, count:]},
+        )
+        return output.logits, output.heads[name]
+
+    return call
