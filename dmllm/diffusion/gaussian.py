@@ -162,6 +162,11 @@ def vdm_weight(now: Level, then: Level) -> Tensor:
     return (then.snr - now.snr) / 2
 
 
+def normal(uniform: Tensor) -> Tensor:
+    """Standard normal numbers of uniform ones in [0, 1) of 24 bits, none of them infinite."""
+    return math.sqrt(2) * torch.erfinv(2 * uniform.double() + 2**-24 - 1).to(uniform.dtype)
+
+
 def evened(alpha_bar: Tensor, losses: Tensor) -> Tensor:
     """A chain under which the loss rises in equal steps from one time to the next, position by position.
 

@@ -143,6 +143,12 @@ class MultimodalModel(PreTrainedModel):
             stream = torch.where((image_slots >= 0)[..., None], rows, stream)
         return stream
 
+    def enter(self, latents: Tensor) -> Tensor:
+        """Rows of the stream [..., D] for what is no token: features [..., F] of the model's `space`, or without one, D
+        features as they are. As wide as `embed`'s."""
+        rows = latents if self.space is None else self.space.enter(latents)
+        return F.pad(rows.to(self.dtype), (0, self.stream_width - rows.shape[-1]))
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -162,6 +168,8 @@ class MultimodalModel(PreTrainedModel):
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         heads: Mapping[str, Tensor] | None = None,
+        latents: Tensor | None = None,
+        latent_rows: Tensor | None = None,
         following: bool = False,
         **_: Any,
     ) -> MultimodalOutput:
@@ -179,6 +187,7 @@ class MultimodalModel(PreTrainedModel):
                 denoised (all of them, if that is not said either).
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
             heads: by name, the rows (as `rows`) at which further heads are asked, which read what logits are made of.
+            latents: [B, L, F], what stands in place of tokens where `latent_rows` [B, L] (see `enter`).
             following: ask for the token behind each of the rows, which need not be fed: where `shift` says that a row
                 predicts it.
         """
@@ -187,6 +196,9 @@ class MultimodalModel(PreTrainedModel):
             if pixel_values is not None and image_features is None:
                 image_features = self.encode_images(pixel_values, image_resizes, image_grids)
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
+        if latents is not None:
+            assert latent_rows is not None, "latents need latent_rows"
+            inputs_embeds = torch.where(latent_rows[..., None], self.enter(latents), inputs_embeds)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
 
@@ -236,6 +248,11 @@ class MultimodalModel(PreTrainedModel):
                 head.initialise()
                 self.heads[name] = head
                 config.heads = {**config.heads, name: dict(options)}
+
+    @property
+    def space(self) -> Any:
+        """The head for which tokens are vectors, with a way into the stream; None where they are ids alone."""
+        return next((head for head in self.heads.values() if hasattr(head, "enter")), None)
 
     @property
     def vocabulary(self) -> Vocabulary:

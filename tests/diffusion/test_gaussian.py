@@ -35,7 +35,8 @@ def at(level, index):
 @pytest.mark.parametrize("name", NAMES)
 def test_signal_and_snr_fall_with_time(name):
     level = levels(name, TIMES[1:])
-    assert (level.signal.diff() < 0).all() and (level.snr.diff() < 0).all()
+    assert (level.signal.diff() < 0).all()
+    assert (level.snr.diff() < 0).all()
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "linear"])
@@ -117,7 +118,8 @@ def test_both_ways_back_keep_the_marginal_of_normal_data(name):
 def test_a_log_snr_says_the_same_as_alpha_bar():
     alpha_bar = torch.tensor([0.9853, 0.5, 2e-7], dtype=torch.float64)
     level = of_log_snr(alpha_bar.logit())
-    assert torch.allclose(level.signal**2, alpha_bar) and torch.allclose(level.noise**2, 1 - alpha_bar)
+    assert torch.allclose(level.signal**2, alpha_bar)
+    assert torch.allclose(level.noise**2, 1 - alpha_bar)
 
 
 def test_an_evened_chain_falls_and_makes_the_loss_rise_in_equal_steps():
