@@ -21,6 +21,7 @@ from dmllm.data.holes import Gapped, Laid, gapped
 from dmllm.nn.visibility import ORDERED
 from dmllm.predictor import prepare
 from dmllm.requests import Seeds, row_generators, split_requests
+from dmllm.samplers import check_masks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.denoise import denoise
@@ -132,6 +133,7 @@ def _settings(pipeline: Any, decode: dict[str, Any]) -> DecodeConfig:
     """The settings of a text of which nothing is open but its holes. Raises ValueError where there can be none."""
     if hasattr(pipeline.model, "denoise"):
         raise ValueError("infill is not for a model that denoises in its own way: it takes no text with holes.")
+    check_masks(pipeline.model, "infill()")
     for name in ("max_new_tokens", "constraint", "choices"):
         if decode.get(name) is not None:
             raise ValueError(f"{name}={decode[name]!r:.80}: a text with holes says so itself; leave {name} out.")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dmllm.computed import Kept, is_timed
 from dmllm.nn.graphs import Workspaces
 from dmllm.nn.visibility import ORDERED, check_layout
-from dmllm.samplers import process_of
+from dmllm.samplers import check_masks, process_of
 from dmllm.samplers.approximate import ApproximatePredictor
 from dmllm.samplers.blocks import BlockPredictor, whole_blocks
 from dmllm.samplers.canvas import Canvas
@@ -322,6 +322,7 @@ def likelihoods(
     Raises:
         ValueError: numbers or shapes do not fit, or the answer is not on one canvas.
     """
+    check_masks(model, "score()")
     kind = model.config.visibility
     exact, ordered = predicts_next(model, kind), kind == ORDERED
     if (orders is not None and not ordered) or (hidden is not None and ordered):

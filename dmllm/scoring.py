@@ -29,6 +29,7 @@ from dmllm.data.chat import as_messages
 from dmllm.nn.visibility import ORDERED, check_layout
 from dmllm.predictor import keeps_cache, stream_of
 from dmllm.registry import nearest
+from dmllm.samplers import check_masks
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.likelihood import Noise, bound
 from dmllm.samplers.ordered import order_values
@@ -175,6 +176,7 @@ def rank(
         raise ValueError(f"num_samples={num_samples!r} must be a whole number, at least 2; 128 is usual.")
     if hasattr(pipeline.model, "denoise"):
         raise ValueError("rank is not for a model that denoises in its own way: it says no probabilities of answers.")
+    check_masks(pipeline.model, "rank()")
     if len(answers) != len(requests) or any(isinstance(given, str) for given in answers):
         raise ValueError(f"answers: {len(answers)} for {len(requests)} questions; give a list of texts for each.")
     found = []

@@ -24,3 +24,12 @@ def process_of(model: Any) -> Process:
     config = model.config
     found = PROCESSES.load(config.process)
     return found if isinstance(found, Process) else found(model.vocabulary, **config.process_options)
+
+
+def check_masks(model: Any, what: str) -> None:
+    """Raises ValueError where `what`, which hides tokens behind masks, would say nothing of the model."""
+    if not process_of(model).masks:
+        raise ValueError(
+            f"{what} hides tokens behind masks, and this model undoes something else (process="
+            f"{model.config.process!r} in its config.json); ask it by chat() or generate()."
+        )

@@ -212,4 +212,4 @@ def _draw(
     return numbers(config.draws_tokens), numbers(config.draws_order)
 
 
-ABSORBING = Process(advance, finished)
+ABSORBING = Process(advance, finished, masks=True)

@@ -34,3 +34,4 @@ class Process:
     advance: Advance
     finished: Callable[[Canvas, Any], Tensor]  # (canvas, config) -> [B] bool: needs no further call
     begin: Callable[[Canvas, Any, list[Generator]], Canvas] = as_it_is  # before the first call
+    masks: bool = False  # whether what is not known is a mask, so that what it hides at random has a likelihood
