@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmllm.nn.fused import write
+from dmllm.nn.fused import place, rotate_both, write
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -87,6 +87,17 @@ class KVCache:
         for kept, new in ((self._keys, keys), (self._values, values)):
             self._of_layer(kept, layer, new, batch)
         return self._exchange(self._keys[layer], keys), self._exchange(self._values[layer], values)
+
+    def place(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turns queries and keys [B, heads, L, head_dim] by their positions; then as `extend`."""
+        if self._rows is None and self._places is not None and q.device.type != "cpu" and len(self._keys) > layer:
+            kept = self._keys[layer], self._values[layer]
+            if (turned := place(q, k, v, rotary, *kept, self._places)) is not None:
+                return turned, kept[0][:, :, : self._reach], kept[1][:, :, : self._reach]
+        q, k = rotate_both(q, k, *rotary)
+        return q, *self.extend(layer, k, v)
 
     def predicting(self, hidden: Tensor, positions: Tensor, visibility: Visibility, rows: Tensor) -> Tensor:
         """For models of which a row predicts the token after it: the hidden rows that predict `rows` [B, K].

@@ -17,6 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmllm.nn.rope import rotate
+from dmllm.registry import Table
+
+KERNELS = Table("kernel", {"attend": "dmllm.nn.kernels:attend", "place": "dmllm.nn.kernels:place"})  # need triton
+HEADS = (16, 32, 64, 128, 256)  # head dimensions that they take
+WIDEST = 256  # rows; with more of them every processor has work without
 
 _fusing: ContextVar[bool] = ContextVar("fusing", default=False)
 
@@ -65,6 +70,28 @@ def write(kept: Tensor, new: Tensor, places: Tensor) -> None:
     """Writes new [B, H, L, d] into `kept` [B, H, S, d] at places [B, L]."""
     row = torch.arange(len(new), device=new.device)[:, None]
     kept[row, :, places] = new.transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B, H, W, d] with k and v [B, G, S, d] under a mask as SDPA takes it -> [B, W, H * d]."""
+    if _fusing.get() and mask is not None and mask.is_floating_point() and q.shape[2] <= WIDEST and _suits(q):
+        return KERNELS.load("attend")(q, k, v, mask)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def place(
+    q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, places: Tensor
+) -> Tensor | None:
+    """The turned q, k and v having been turned and written as `nn.kernels.place` does; None where it does not fit."""
+    if not _fusing.get() or not _suits(q) or rotary[0].shape[-1] != q.shape[-1] or not places.is_contiguous():
+        return None
+    return KERNELS.load("place")(q, k, v, *rotary, keys, values, places)
+
+
+def _suits(q: Tensor) -> bool:
+    """Whether a kernel of ours has its shape; float32 keeps to what multiplies in float32."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in HEADS
 
 
 def pack(*layers: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dmllm.nn.cache import KVCache
 from dmllm.nn.feed_forward import FeedForward
-from dmllm.nn.fused import Packed, project, rotate_both
+from dmllm.nn.fused import Packed, attend, project, rotate_both
 from dmllm.nn.moe import MixtureOfExperts, MoEConfig, Routing, balance
 from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Compact, EndToEnd, Ragged, compact, ragged
@@ -163,19 +162,20 @@ class Attention(nn.Module):
         q = self.q_norm(q.view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(k.view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = v.view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        if rotary is not None:
+        if rotary is not None and cache is not None:
+            q, k, v = cache.place(self.layer, q, k, v, rotary)
+        elif rotary is not None:
             q, k = rotate_both(q, k, *rotary)
-        if cache is not None:
+        elif cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        grouped = self.kv_heads != self.heads
         if isinstance(mask, Ragged):
-            mixed = mask.attend(q, k, v)
+            mixed = mask.attend(q, k, v).transpose(1, 2).flatten(2)
         elif isinstance(mask, BlockMask):
-            mixed = _flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+            mixed = _flex(q, k, v, block_mask=mask, enable_gqa=self.kv_heads != self.heads)
+            mixed = mixed.transpose(1, 2).flatten(2)
         else:
             mask = mask.to(q.dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
+            mixed = attend(q, k, v, mask)
         return self.o_proj(mixed if end_to_end is None else end_to_end.gather(mixed))
 
 
