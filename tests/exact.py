@@ -9,6 +9,7 @@ Shapes: X texts of L tokens over V words, B rows. The mask token is no word; it 
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,22 @@ class Joint:
     def conditionals(self, ids: Tensor, known: Tensor) -> Tensor:
         """p(token at i is v | what is known), [B, L, V] float64: nan where what is known cannot be."""
         mass = self.masses(ids, known)
+        return mass / mass.sum(-1, keepdim=True)
+
+    def restored(self, chance: Tensor, *, leave_one_out: bool = False) -> Tensor:
+        """p(token at i is v | what stands everywhere, or everywhere else), [B, L, V] float64.
+
+        Args:
+            chance: [B, L, V], how probable what stands in a place is for each word there.
+        """
+        places = torch.arange(self.length)
+        each = chance.double()[:, places, self.texts]  # [B, X, L]
+        found = []
+        for place in range(self.length):
+            others = each[..., places != place].prod(-1) * self.probs  # [B, X]
+            mass = others @ F.one_hot(self.texts[:, place], self.vocab).double()
+            found.append(mass if leave_one_out else mass * chance[:, place])
+        mass = torch.stack(found, 1)
         return mass / mass.sum(-1, keepdim=True)
 
     def predict(self, canvas: Any, rows: Tensor) -> Tensor:
@@ -167,14 +184,12 @@ class Strings:
 
     def with_head(self, canvas: Any, rows: Tensor, name: str, others: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K, V and the mask], and log expected numbers [B, G] behind the places `others`."""
-        size, memory = canvas.ids.shape[1], {}
+        size = canvas.ids.shape[1]
         tokens, gaps = torch.zeros(len(canvas), size, self.vocab + 1), torch.zeros(len(canvas), size + 1)
         states = zip(canvas.ids.tolist(), canvas.extent.tolist(), canvas.time.tolist(), strict=True)
+        said = cache(self.said)
         for b, (ids, extent, gone) in enumerate(states):
-            key = (tuple(ids[:extent]), gone)
-            if key not in memory:
-                memory[key] = self.said(*key)
-            tokens[b, :extent, : self.vocab], gaps[b, : extent + 1] = memory[key]
+            tokens[b, :extent, : self.vocab], gaps[b, : extent + 1] = said(tuple(ids[:extent]), gone)
         shape = (*rows.shape, self.vocab + 1)
         return tokens.log().clamp(min=LEAST).gather(1, rows[..., None].expand(shape)), gaps.gather(
             1, others + 1
@@ -185,10 +200,9 @@ class Strings:
     ) -> SimpleNamespace:
         """`.logits` at `rows` [N] and `.heads` at their rows [G] of the stream [B, M], whose column 0 is no text."""
         tokens, gaps = torch.zeros(*input_ids.shape, self.vocab + 1), torch.zeros(input_ids.shape)
-        real = (visibility.document >= 0).sum(1).tolist()
+        real, known = (visibility.document >= 0).sum(1).tolist(), cache(self.said)
         for b, (ids, length) in enumerate(zip(input_ids.tolist(), real, strict=True)):
-            said = self.said(tuple(ids[1:length]), float(time[b, 0]))
-            tokens[b, 1:length, : self.vocab], gaps[b, :length] = said
+            tokens[b, 1:length, : self.vocab], gaps[b, :length] = known(tuple(ids[1:length]), float(time[b, 0]))
         logits = tokens.log().clamp(min=LEAST).flatten(0, 1)[rows]
         said = {name: gaps.flatten()[at].log().clamp(min=LEAST) for name, at in heads.items()}
         return SimpleNamespace(logits=logits, heads=said)
