@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from dmllm.diffusion.uniform import Level, Noise
 
+WEIGHTS = ("elbo", "dynamic", "clipped", "none")
+
 
 def divergences(log_x: Tensor, targets: Tensor, noised: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """KL(q || p) and log q(z) / p(z), both [N].
@@ -54,6 +56,23 @@ def rate(targets: Tensor, noised: Tensor, noise: Noise, t: Tensor, mask_id: int)
     word, mask = noise.pull(t)
     pull = torch.where(noised == mask_id, mask, word)
     return torch.where(noised == targets, pull * torch.sigmoid(-noise.at(t).log_odds), pull)
+
+
+def weights_of(
+    kind: str, targets: Tensor, noised: Tensor, noise: Noise, t: Tensor, mask_id: int, clip: float
+) -> Tensor:
+    """What KL + r - 1 - log r weighs in training, [N], by a name of WEIGHTS.
+
+    dynamic is the bound's weight for gamma = 1 without what depends on the time alone (GIDD, section 4.2): all times
+    then teach alike.
+    """
+    if kind == "none":
+        return torch.ones_like(t)
+    if kind == "dynamic":
+        weight = torch.where(noised == mask_id, 2.0, 1.0)
+        return torch.where(noised == targets, torch.sigmoid(-noise.at(t).log_odds), weight)
+    weight = rate(targets, noised, noise, t, mask_id)
+    return weight.clamp(max=clip) if kind == "clipped" else weight
 
 
 def discrete(

@@ -3,8 +3,9 @@
     q(x_t | x_0) = alpha [x_t = x_0] + uniform [x_t is a word] + masked [x_t is the mask]
     alpha + K uniform + masked = 1
 
-    uniform   masked = 0                        D3PM (Austin et al., arXiv:2107.03006, A.2.1), UDLM, Duo
-    hybrid    mostly masks, a share of words    GIDD (von Ruette et al., arXiv:2503.04482, section 3.3)
+    uniform     masked = 0                        D3PM (Austin et al., arXiv:2107.03006, A.2.1), UDLM, Duo
+    hybrid      mostly masks, a share of words    GIDD (von Ruette et al., arXiv:2503.04482, section 3.3)
+    absorbing   uniform = 0                       MDLM, SEDD (`diffusion.absorbing`)
 
 The words are the K ids that are not reserved (`types.Vocabulary`): mask, image and padding are never noise, the end of
 sequence is. A kept token and a random one look alike, so a model must be told the time, and what it predicts comes in
@@ -19,8 +20,7 @@ Time: t = 0 is clean, t = 1 is noise. Shapes: any, [...]; V ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from dmllm.diffusion.schedules import SCHEDULES, NoiseSchedule
 from dmllm.types import Vocabulary
 
-NOISES = ("uniform", "hybrid")
+NOISES = ("uniform", "hybrid", "absorbing")
 PARAMETERISATIONS = ("leave_one_out", "posterior", "score")
 MOST = 1e4  # of log-odds: exp of minus it is 0, and it is finite
 
@@ -52,7 +52,8 @@ class Level:
 class Noise(Protocol):
     """A process that corrupts each token by itself."""
 
-    words: int
+    @property
+    def words(self) -> int: ...
 
     def at(self, t: Tensor) -> Level: ...
 
@@ -81,6 +82,24 @@ class UniformNoise:
         alpha = self.schedule.alpha(t)
         rate = -self.schedule.alpha_prime(t) / (alpha * (1 - alpha))
         return rate, rate
+
+    def time(self, share: Tensor) -> Tensor:
+        return self.schedule.time(share)
+
+
+@dataclass(frozen=True)
+class MaskNoise:
+    """A token is kept with probability alpha(t) of a schedule, or masked."""
+
+    words: int
+    schedule: NoiseSchedule
+
+    def at(self, t: Tensor) -> Level:
+        alpha = self.schedule.alpha(t).clamp(0, 1)
+        return Level(alpha, torch.zeros_like(alpha), 1 - alpha, torch.full_like(alpha, MOST))
+
+    def pull(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return UniformNoise(self.words, self.schedule).pull(t)
 
     def time(self, share: Tensor) -> Tensor:
         return self.schedule.time(share)
@@ -125,13 +144,13 @@ class NoiseConfig:
     """How tokens are corrupted, and what a model that undoes it predicts: `process_options` of its config.json."""
 
     noise: str = "uniform"
-    """uniform: random words in place of tokens. hybrid: masks, and random words among them (GIDD)."""
+    """uniform: random words in place of tokens. hybrid: masks, and random words among them (GIDD). absorbing: masks."""
     p_uniform: float = 0.1
     """Under `hybrid`, the share of random words among noise and all at t = 1/2; 0 leaves masks alone."""
     gamma: float = 1.0
     """Under `hybrid`, how much the random words keep to the middle, above 0 and at most 2."""
     schedule: str = "linear"
-    """Of `uniform`, by name: linear, cosine, polynomial. Hybrid noise has its own."""
+    """How much is noise when, by name: linear, cosine, polynomial. Hybrid noise has its own."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the schedule, e.g. {power: 2} for polynomial."""
     parameterisation: str = "leave_one_out"
@@ -141,6 +160,8 @@ class NoiseConfig:
         for name, known in (("noise", NOISES), ("parameterisation", PARAMETERISATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
+        if self.noise == "hybrid" and self.schedule != "linear":
+            raise ValueError(f"schedule={self.schedule!r} is for other noise: hybrid noise has its own; leave it out.")
         if not 0 <= self.p_uniform < 1:
             raise ValueError(f"p_uniform={self.p_uniform} must be 0 (masks alone) or above, below 1; GIDD's is 0.1.")
         if not 0 < self.gamma <= 2:
@@ -152,13 +173,13 @@ def build_noise(config: NoiseConfig, words: int) -> Noise:
     """The process over so many words."""
     if config.noise == "hybrid":
         return HybridNoise(words, config.p_uniform, config.gamma)
-    return UniformNoise(words, SCHEDULES.load(config.schedule)(**config.schedule_options))
+    kind = MaskNoise if config.noise == "absorbing" else UniformNoise
+    return kind(words, SCHEDULES.load(config.schedule)(**config.schedule_options))
 
 
-def process_options(config: NoiseConfig, **also: Any) -> Mapping[str, Any]:
-    """What config.json says of the process: the fields of `NoiseConfig` that are not at their defaults."""
-    own, said = NoiseConfig(), {name: getattr(config, name) for name in NoiseConfig.__dataclass_fields__}
-    return {name: value for name, value in {**said, **also}.items() if value != getattr(own, name)}
+def process_options(config: NoiseConfig) -> dict[str, Any]:
+    """What config.json says of the process: the fields of `NoiseConfig`, whatever else `config` has."""
+    return {own.name: getattr(config, own.name) for own in fields(NoiseConfig)}
 
 
 def draw_words(number: Tensor, vocabulary: Vocabulary) -> Tensor:

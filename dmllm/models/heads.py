@@ -17,6 +17,7 @@ HEADS = Table(
     "head",
     {
         "mtp": "dmllm.models.mtp:MTP",
+        "next_sentence": "dmllm.models.next_sentence:NEXT_SENTENCE",
         "insertion": "dmllm.models.missing:MISSING",
         "latent": "dmllm.models.latent:LATENT",
         "self_conditioning": "dmllm.models.feedback:SELF_CONDITIONING",

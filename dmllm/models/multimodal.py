@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from dmllm.models.backbones import BACKBONES
 from dmllm.models.configuration import DmllmConfig
+from dmllm.models.feedback import FEEDBACK, heard
 from dmllm.models.heads import build_head
 from dmllm.models.projectors import ProjectorConfig, build_projector, resize_maps
 from dmllm.models.vision import VisionConfig, build_vision
@@ -170,6 +171,8 @@ class MultimodalModel(PreTrainedModel):
         heads: Mapping[str, Tensor] | None = None,
         latents: Tensor | None = None,
         latent_rows: Tensor | None = None,
+        feedback: Tensor | None = None,
+        feedback_rows: Tensor | None = None,
         following: bool = False,
         **_: Any,
     ) -> MultimodalOutput:
@@ -188,6 +191,8 @@ class MultimodalModel(PreTrainedModel):
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
             heads: by name, the rows (as `rows`) at which further heads are asked, which read what logits are made of.
             latents: [B, L, F], what stands in place of tokens where `latent_rows` [B, L] (see `enter`).
+            feedback: logits of an earlier call, for a model that hears them: of the flat `feedback_rows` [M] of B * L,
+                [M, V], none where these are -1; or without them of all rows, [B, L, V].
             following: ask for the token behind each of the rows, which need not be fed: where `shift` says that a row
                 predicts it.
         """
@@ -199,6 +204,8 @@ class MultimodalModel(PreTrainedModel):
         if latents is not None:
             assert latent_rows is not None, "latents need latent_rows"
             inputs_embeds = torch.where(latent_rows[..., None], self.enter(latents), inputs_embeds)
+        if feedback is not None:
+            inputs_embeds = heard(inputs_embeds, self.heads[FEEDBACK], self.backbone, feedback, feedback_rows)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
 
@@ -253,6 +260,11 @@ class MultimodalModel(PreTrainedModel):
     def space(self) -> Any:
         """The head for which tokens are vectors, with a way into the stream; None where they are ids alone."""
         return next((head for head in self.heads.values() if hasattr(head, "enter")), None)
+
+    @property
+    def takes_feedback(self) -> bool:
+        """Whether it hears the logits of its last call."""
+        return FEEDBACK in self.heads
 
     @property
     def vocabulary(self) -> Vocabulary:
