@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmllm.diffusion.absorbing import draw_hidden, hide
-from dmllm.diffusion.schedules import SCHEDULES, elbo_weight
+from dmllm.diffusion.schedules import SCHEDULES
 from dmllm.nn.rope import places
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.objectives.anneal import anneal, openness
@@ -180,7 +180,7 @@ class Masked:
             counts["confidence"] = (per_document(share, batch.documents) > 0).sum().float().cpu() * len(views)
         weights, count = normalise(
             self.config.reduction,
-            torch.cat([self._weights(batch, *view) for view in zip(views, times, strict=True)]),
+            torch.cat([self._weights(batch, *view, time) for view in zip(views, times, strict=True)]),
             torch.cat([share] * len(views)),
             torch.cat(views),
             torch.cat([batch.documents] * len(views)),
@@ -258,7 +258,8 @@ class Masked:
         floor = float(self.schedule.time(torch.tensor(least, dtype=torch.float64)))
         return self.schedule.time(self.schedule.alpha(t)).clamp(floor, 1)
 
-    def _weights(self, batch: Batch, hidden: Tensor, t: Tensor) -> Tensor:
+    def _weights(self, batch: Batch, hidden: Tensor, t: Tensor, drawn: Tensor) -> Tensor:
+        """Of a view at times t that follow from those drawn, all [B, L]: how densely its noise is drawn is theirs."""
         config = self.config
         if config.weight == "none":
             return torch.ones_like(t)
@@ -268,7 +269,7 @@ class Masked:
             weight = 1 / (1 - self.schedule.alpha(t))
         else:  # noise is then as if drawn evenly between its bounds, whatever the schedule; for linear this is 1/t
             factor = (self.t_max - self.t_min) / (config.max_noise - config.min_noise)
-            weight = elbo_weight(self.schedule, t) * factor
+            weight = -self.schedule.alpha_prime(drawn) / (1 - self.schedule.alpha(t)) * factor
         return weight.clamp(max=config.weight_clip) if config.weight == "clipped" else weight
 
 
