@@ -7,7 +7,7 @@ Sources: low_confidence and random, Nie et al., LLaDA, arXiv:2502.09992, section
 Dream, arXiv:2508.15487, and Kim et al., arXiv:2502.06768; sequential, SDAR, arXiv:2510.06303; threshold, Wu et al.,
 Fast-dLLM, arXiv:2505.22618, section 3.3. Ranking by the probability of a *drawn* token (low_confidence at
 temperature > 0) favours probable texts even at one token a step; margin, entropy and random look at the distribution
-alone, and at one token a step they draw exactly from a model with exact conditionals (tests/samplers/test_denoise.py).
+alone, and at one token a step they draw exactly from a model with exact conditionals (tests/samplers/test_truths.py).
 
 Shapes: B rows of the batch, K positions asked for.
 """

@@ -148,3 +148,33 @@ def test_a_token_is_hidden_alike_in_answers_of_other_lengths() -> None:
     alike = (short == long[:, :4]).double().mean()
     other = Noise.draw(50, 9, torch.Generator().manual_seed(1)).hides(torch.arange(8))
     assert alike > 0.8 > (short == other[:, :4]).double().mean() + 0.1
+
+
+def test_of_a_constant_cost_the_exact_count_has_no_variance_and_times_of_ones_own_have() -> None:
+    """Where as many are hidden as the weight says, nothing varies; where each is hidden alone, their number does."""
+    uniform = lambda canvas, rows: torch.zeros(*rows.shape, 5)
+    answer = torch.zeros(64, dtype=torch.int64)
+    draws = torch.Generator().manual_seed(0)
+    values = view_values(uniform, answer, draw_views(64, 100, draws), 4, 100)
+    torch.testing.assert_close(values, values[:1].expand(100), atol=1e-4, rtol=0)
+    torch.testing.assert_close(values[0], 64 * torch.tensor(1 / 5, dtype=torch.float64).log(), atol=1e-4, rtol=0)
+    time = torch.rand(4000, 1, generator=draws, dtype=torch.float64).clamp(min=0.05)
+    weighted = (torch.rand(4000, 64, generator=draws) < time).sum(1) / (64 * time.squeeze(1))  # 1 on average
+    assert float(weighted.var()) > 0.02
+
+
+def test_a_view_coupled_with_its_complement_is_unbiased_and_varies_less() -> None:
+    """l hidden of n with l from 0 to n, weight (n + 1) / l, averaged with the n - l others (ESPO)."""
+    model = Wrong(vocab=3, length=4)
+    answer, subsets = model.texts[40], torch.tensor(list(itertools.product([False, True], repeat=4)))
+    sizes = subsets.sum(1)
+    chance = 1 / (5 * torch.bincount(sizes)[sizes].double())
+    values = torch.zeros(16, dtype=torch.float64)
+    values[1:] = view_values(model, answer, subsets[1:], model.mask, 100) * 5 / 4
+    coupled = (values + values.flip(0)) / 2  # the complement of a subset is its mirror image in this order
+    assert torch.equal(subsets.flip(0), ~subsets)
+    expected = likelihood(model, answer, views(4), model.mask, 1000)
+    for estimate in (values, coupled):
+        torch.testing.assert_close((estimate * chance).sum(), expected, atol=1e-6, rtol=0)
+    spread = [float((chance * (estimate - expected) ** 2).sum()) for estimate in (values, coupled)]
+    assert spread[1] < 0.5 * spread[0]

@@ -34,6 +34,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"schedule": "time", "remasking": "origin", "remdm": "cap", "eta": 0.3},
     {"schedule": "time", "remasking": "origin", "remdm": "rescale", "eta": 1.0},
     {"schedule": "time", "remasking": "origin", "remdm": "conf"},
+    {"schedule": "time", "remasking": "origin", "remdm": "loop", "eta": 0.5},
+    {"schedule": "time", "remasking": "origin", "remdm": "forward_backward", "noise_schedule": "cosine"},
+    {"schedule": "time", "remasking": "origin", "remdm": "psi", "eta": 1.0, "noise_schedule": "polynomial"},
+    {"schedule": "time", "remasking": "sequential", "noise_schedule": "cosine"},
+    {"schedule": "first_hitting", "remasking": "random", "noise_schedule": "cosine"},
+    {"schedule": "carried", "threshold": 0.3},
+    {"schedule": "carried", "threshold": 0.2, "remasking": "margin", "kl_threshold": 4.0, "kl_history_length": 1},
+    {"schedule": "confident", "threshold": 0.5},
 ]
 
 
@@ -49,9 +57,10 @@ def test_every_rule_ends_in_time_keeps_what_it_may_not_change_and_treats_each_ro
 ) -> None:
     length = data.draw(st.integers(1, 9), "length")
     block = data.draw(st.integers(1, length), "block_length")
+    hitting, added = (options.get("schedule") == name for name in ("first_hitting", "carried"))
     config = DecodeConfig(
         block_length=block,
-        block_steps=data.draw(st.integers(1, block + 2), "steps"),
+        block_steps=data.draw(st.integers(block if hitting else 1, block + 2), "steps"),
         temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
         **options,
     )
@@ -66,7 +75,8 @@ def test_every_rule_ends_in_time_keeps_what_it_may_not_change_and_treats_each_ro
     assert last.finished.all()
     assert (last.ids != model.mask).all()
     calls = 2 if config.revoke_threshold is not None else 1
-    assert (last.num_forwards <= -(-length // block) * config.block_steps * calls).all()
+    most = max(config.block_steps, block) if added else config.block_steps  # a threshold may add calls there
+    assert (last.num_forwards <= -(-length // block) * most * calls).all()
     for step in steps:
         kept = known if config.rewrites else before[1]
         assert torch.equal(step.ids[kept], before[0][kept])
@@ -214,6 +224,13 @@ def test_an_early_exit_takes_all_once_the_gap_is_wide_enough_for_the_stage(gap: 
             "remdm='cap' masks again what a constraint rests on; leave one of them out.",
         ),
         ({"remdm": "cab"}, "did you mean cap"),
+        ({"noise_schedule": "cosin"}, "did you mean cosine"),
+        ({"schedule": "carried"}, "carries over what threshold turns down; say it, e.g. threshold=0.9."),
+        ({"schedule": "first_hitting"}, "draws which token of a block is next; say remasking='random'"),
+        (
+            {"schedule": "first_hitting", "remasking": "random", "steps": 8},
+            "schedule='first_hitting' is one token a call; leave out steps and num_to_transfer.",
+        ),
         ({"eta": 1.5}, "eta=1.5 must lie between 0 (nothing is masked again) and 1."),
         (
             {"threshold": 0.5, "revoke_threshold": 0.9, "editing_threshold": 0.9},
@@ -229,5 +246,7 @@ def test_rules_that_do_not_go_together_are_refused(options: dict, advice: str) -
 
 
 def test_a_rule_sets_a_checkpoints_other_rule_aside() -> None:
+    hitting = {"schedule": "first_hitting", "remasking": "random"}
+    assert decode_config(hitting, {"steps": 8}) == DecodeConfig(schedule="first_hitting", remasking="random")
     assert decode_config({"factor": 1.0}, {"threshold": 0.9}) == DecodeConfig(factor=1.0)
     assert decode_config({"threshold": None}, {"entropy_bound": 0.1}).entropy_bound == 0.1

@@ -11,7 +11,7 @@ from dmllm.samplers.denoise import denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.rules import low_confidence
 from dmllm.types import Step
-from tests.samplers.table import NoiseModel, TableModel, generators
+from tests.samplers.table import NoiseModel, generators
 
 
 def fill(model, config: DecodeConfig, batch: int, length: int) -> list[Step]:
@@ -54,16 +54,6 @@ def test_origin_draws_each_token_by_itself_and_one_order_draws_a_number() -> Non
     assert abs(float(after.var()) - 20 * share * (1 - share)) < 1.0
     fixed = DecodeConfig(steps=4, schedule="time", remasking="random")
     assert float(fill(model, fixed, 400, 20)[0].committed.sum(1).double().var()) == 0
-
-
-def test_origin_at_many_steps_draws_from_the_data_distribution() -> None:
-    """With few collisions a step, independent draws by time are the diffusion process itself."""
-    model = TableModel(vocab=2, length=3)
-    config = DecodeConfig(steps=64, schedule="time", remasking="origin", temperature=1.0)
-    last = fill(model, config, 4000, 3)[-1].ids
-    seen = torch.bincount((last * torch.tensor([4, 2, 1])).sum(1), minlength=8).double()
-    expected = model.probs * 4000
-    assert float(((seen - expected) ** 2 / expected).sum()) < 30  # 7 degrees of freedom and the steps' collisions
 
 
 def test_a_fixed_quota_is_the_blocks_whatever_is_known_already() -> None:
