@@ -32,7 +32,9 @@ WAYS = {
 }
 
 
-def build(layers: int, width: int, inner: int, heads: int, vocabulary: int, device: str) -> Pipeline:
+def build(
+    layers: int, width: int, inner: int, heads: int, vocabulary: int, device: str, attention: str = "auto"
+) -> Pipeline:
     """A pipeline with random weights."""
     config = DmllmConfig(
         backbone={
@@ -41,6 +43,7 @@ def build(layers: int, width: int, inner: int, heads: int, vocabulary: int, devi
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "intermediate_size": inner,
+            "attention": attention,
         },
         mask_token_id=vocabulary - 1,
         eos_token_id=vocabulary - 2,
