@@ -90,7 +90,7 @@ class CausalPredictor:
         stream = self.stream
         stream.follow(canvas.requests)
         places = rows.repeat(stream.copies, 1) + stream.lengths[:, None] - 1  # of those that predict
-        start, end = places[:, 0], places[:, -1].minimum(stream.lengths + stream.length - 1) + 1
+        start, end = places[:, 0], (places[:, -1] + 1).minimum(stream.lengths + stream.length - 1)
         width = rows.shape[1]
         if stream.cache is None:
             start, width = torch.zeros_like(start), stream.given + stream.length

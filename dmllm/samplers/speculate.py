@@ -62,10 +62,11 @@ def advance(
 
 
 def _masses(logits: Tensor, mask_id: int, config: DecodeConfig) -> Tensor:
-    """What tokens are drawn from, [..., V] float32."""
+    """What tokens are drawn from, [..., V] float32, with a sum of 1."""
     scores = logits.to(torch.float32, copy=True)
     forbid(scores, mask_id, config)
-    return distribution(scores, config.temperature, config.top_p)
+    mass = distribution(scores, config.temperature, config.top_p)
+    return mass / mass.sum(-1, keepdim=True)
 
 
 SPECULATIVE = Process(advance, finished)
