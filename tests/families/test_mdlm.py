@@ -133,6 +133,22 @@ def test_a_model_conditioned_on_time_is_told_the_noise_level_from_1_downwards(tm
     assert torch.cat(times).tolist() == [0.5, 0.75]
 
 
+def test_told_hitting_times_a_row_of_a_batch_gets_the_tokens_and_times_that_it_gets_alone(tmp_path, told):
+    """Other settings than the family's in one word: what it says of steps is set aside."""
+    pipe, ids = RECORDED.changed(tmp_path, time_conditioning=True), RECORDED.inputs["xt"][:2, :4]
+    times, options = told(pipe), {"max_new_tokens": 8, "schedule": "first_hitting", "eos_token_id": []}
+    both = pipe.generate(ids, generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)], **options)
+    assert both.num_forwards.tolist() == [8, 8]
+    together = torch.stack(times)
+    assert (together.diff(dim=0) < 0).all()
+    assert bool(((together > 0) & (together < 1)).all())
+    for row in range(2):
+        times.clear()
+        alone = pipe.generate(ids[row : row + 1], generator=torch.Generator().manual_seed(row + 1), **options)
+        assert torch.equal(alone.sequences[0], both.sequences[row])
+        assert torch.equal(torch.cat(times), together[:, row])
+
+
 def test_told_the_time_a_row_of_a_batch_and_a_guided_one_get_the_tokens_that_they_get_alone(tmp_path):
     pipe, ids = RECORDED.changed(tmp_path, time_conditioning=True), RECORDED.inputs["xt"][:2, :6]
     mask = torch.ones_like(ids)

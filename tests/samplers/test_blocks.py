@@ -24,6 +24,8 @@ SETTINGS = [
     {"threshold": 0.1, "kl_threshold": 0.5, "kl_history_length": 1, "cfg_scale": 0.5},
     {"block_length": 8, "threshold": 0.1, "revoke_threshold": 0.5},
     {"schedule": "time", "remasking": "origin", "remdm": "rescale", "eta": 0.8, "temperature": 1.0, "block_steps": 5},
+    {"schedule": "first_hitting", "remasking": "random", "temperature": 1.0, "noise_schedule": "cosine"},
+    {"schedule": "carried", "threshold": 0.15, "block_length": 6, "block_steps": 3},
 ]
 
 

@@ -14,6 +14,7 @@ from dmllm.samplers.config import DecodeConfig, decode_config
 from dmllm.samplers.denoise import denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.rules import choose, entropy_bound, factor, low_confidence
+from dmllm.samplers.schedules import CURVES, commit_counts
 from dmllm.types import Step
 from tests.families.recorded import Recorded
 from tests.samplers.table import NoiseModel, TableModel, chi_square, generators, quantile
@@ -89,6 +90,26 @@ def test_every_rule_ends_in_time_keeps_what_it_may_not_change_and_treats_each_ro
         alone = fill(NoiseModel(vocab=9, seeds=(seed,)), own, config, (seed,))[-1]
         assert torch.equal(alone.ids[0], last.ids[row])
         assert alone.num_forwards[0] == last.num_forwards[row]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(CURVES), st.sampled_from([0.3, 1.0, 3.0]), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9)
+)
+def test_what_a_curve_or_an_even_share_commits_sums_to_what_there_is(
+    curve: str, shift: float, tokens: int, calls: int, more: int
+) -> None:
+    """MaskGIT's, LaViDa's and LLaDA's counts: at least one in each call until all is known."""
+    counts = commit_counts(curve, shift, tokens, calls)
+    assert sum(counts) == tokens
+    assert min(counts) >= 1
+    assert len(counts) == min(tokens, calls)
+    for schedule in ("even", "fixed"):
+        config = DecodeConfig(block_steps=calls, schedule=schedule)
+        steps = fill(NoiseModel(vocab=5), Canvas.blank(1, tokens, 4), config, (more,))
+        taken = torch.tensor([0, *(int(step.committed.sum()) for step in steps)]).diff().tolist()
+        assert taken == [tokens // calls + (call < tokens % calls) for call in range(len(taken))]
+        assert sum(taken) == tokens
 
 
 @settings(max_examples=60, deadline=None)
