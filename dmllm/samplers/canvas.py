@@ -28,6 +28,7 @@ PER_ROW = (
     "confidence",
     "extent",
     "closed",
+    "owed",
     "latents",
 )
 
@@ -67,6 +68,7 @@ class Canvas:
     drafts: Drafts | None = None  # what the last call expects next, where that is tried
     extent: Tensor | None = None  # [B] int64: how many of the N places there are, on a canvas that grows
     closed: Tensor | None = None  # [B, N + 1] bool: gaps where nothing is inserted, before each place and at the end
+    owed: Tensor | None = None  # [B, 2] float64: what rounding has left over of masks to be inserted, and to be filled
     latents: Tensor | None = None  # [B, N, F]: what stands in place of tokens that are not known, for `space` to enter
     space: Any = None  # where tokens are vectors: the model's head for them (`models.latent.Latent`)
     block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's

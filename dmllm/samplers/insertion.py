@@ -6,7 +6,8 @@ that a row grows by its expectation to within one token, and where calls are man
 call only fills. Which masks are filled is for the rules to say, as many as would be by then; `remasking: origin` fills
 each by itself with that probability, as in the process.
 
-`max_new_tokens` is the room there is; how long the answer is comes out. At temperature 0 everything is decided.
+`max_new_tokens` is the room there is; how long the answer is comes out. At temperature 0 nothing is drawn, and what
+rounding leaves over goes to the next call: a text that grew late would be taken for a short one.
 A canvas with known tokens grows between the masks among them and behind the last; a gap between two known tokens, or
 between the prompt and one, is closed.
 
@@ -57,7 +58,8 @@ def begin(canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Canva
     grows = (_gaps(canvas) & ~canvas.closed).any(1) & (canvas.extent < known.shape[1])  # type: ignore[operator]
     done = ~grows & ~_masks(canvas).any(1)
     calls = torch.where(done, _calls(config, canvas), 0)
-    return replace(canvas, calls=calls, time=_level(canvas, calls, config))
+    owed = torch.full((len(canvas), 2), 0.5, dtype=torch.float64, device=known.device)
+    return replace(canvas, calls=calls, owed=owed, time=_level(canvas, calls, config))
 
 
 def finished(canvas: Canvas, config: DecodeConfig) -> Tensor:
@@ -81,9 +83,8 @@ def advance(
         raise ValueError("A constraint needs a canvas whose length is known; leave constraint and choices out.")
     size, device = canvas.ids.shape[1], canvas.ids.device
     random = config.draws_tokens or config.draws_order
-    uniform = (
-        numbers(draws, 2 * size + 2, device) if random else torch.full((len(canvas), 2 * size + 2), 0.5).to(device)
-    )
+    uniform = numbers(draws, 2 * size + 2, device) if random else torch.zeros(len(canvas), 2 * size, device=device)
+    phase: Tensor = uniform[:, -2:] if random else canvas.owed  # type: ignore[assignment]
     rows, asked = _asked(canvas)
     gaps = torch.arange(-1, size, device=device).expand(len(canvas), -1)
     if not is_static(device):
@@ -91,11 +92,12 @@ def advance(
     logits, expected = predict.with_head(canvas, rows, HEAD, gaps)
     left = _calls(config, canvas) - 1 - canvas.calls  # calls after this one
     share = 1 / left.clamp(min=1)
-    filled, accepted_now = _fill(canvas, config, logits, rows, asked, uniform, share)
+    filled, fresh, unfilled = _fill(canvas, config, logits, rows, asked, uniform, share, phase[:, 1])
     mean = F.pad(expected.double().clamp(max=MOST).exp(), (0, size + 1 - expected.shape[1])) * share[:, None]
-    grown = insert(filled, _together(mean * (left > 0)[:, None], canvas, uniform[:, -1:]))
-    calls = canvas.calls + 1
-    grown = replace(grown, calls=calls, forwards=canvas.forwards + 1, accepted=accepted_now)
+    counts, missing = _together(mean * (left > 0)[:, None], canvas, phase[:, :1])
+    grown, calls = insert(filled, counts), canvas.calls + 1
+    owed = torch.stack([missing, unfilled], 1)
+    grown = replace(grown, calls=calls, forwards=canvas.forwards + 1, accepted=fresh, owed=owed)
     return replace(_ended(grown, config, left == 0), time=_level(grown, calls, config))
 
 
@@ -126,9 +128,16 @@ def insert(canvas: Canvas, counts: Tensor) -> Canvas:
 
 
 def _fill(
-    canvas: Canvas, config: DecodeConfig, logits: Tensor, rows: Tensor, asked: Tensor, uniform: Tensor, share: Tensor
-) -> tuple[Canvas, Tensor]:
-    """Some masks filled, about a `share` [B] of them, and how many, [B]."""
+    canvas: Canvas,
+    config: DecodeConfig,
+    logits: Tensor,
+    rows: Tensor,
+    asked: Tensor,
+    uniform: Tensor,
+    share: Tensor,
+    phase: Tensor,
+) -> tuple[Canvas, Tensor, Tensor]:
+    """Some masks filled, about a `share` [B] of them; how many, [B]; and what rounding leaves over, [B]."""
     size = canvas.ids.shape[1]
     seen = estimate(logits, canvas.mask_id, config, uniform[:, :size].gather(1, rows))
     order = uniform[:, size : 2 * size].gather(1, rows)
@@ -136,23 +145,23 @@ def _fill(
     for token in config.distrust_ids:
         doubt = doubt.masked_fill(seen.tokens == token, torch.finfo(doubt.dtype).max)
     sure = accepted(seen, doubt, asked, config, torch.zeros_like(rows), share)
-    if config.remasking == "origin":
-        least = (asked & (order < share[:, None])).sum(1)
-    else:
-        least = (asked.sum(1) * share + uniform[:, -2]).floor().long()
+    due = asked.sum(1) * share.double() + phase
+    least = (asked & (order < share[:, None])).sum(1) if config.remasking == "origin" else due.floor().long()
     chosen = choose(doubt, sure, asked, least)
-    return canvas.commit(rows, seen.tokens, chosen), chosen.sum(1)
+    return canvas.commit(rows, seen.tokens, chosen), chosen.sum(1), due.frac()
 
 
-def _together(mean: Tensor, canvas: Canvas, phase: Tensor) -> Tensor:
-    """Whole numbers [B, N + 1] of these means, rounded so that also their sums are: 0 in gaps that do not grow.
+def _together(mean: Tensor, canvas: Canvas, phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers [B, N + 1] of these means, 0 in gaps that do not grow, rounded so that also their sums are; and what
+    that leaves over, [B].
 
     Args:
         phase: [B, 1] in [0, 1); drawn evenly, every number is right on average.
     """
     mean = mean.masked_fill(~_gaps(canvas) | canvas.closed, 0.0)  # type: ignore[operator]
-    sums = (mean.cumsum(1) + phase).floor().long()
-    return sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]))
+    due = mean.cumsum(1) + phase
+    sums = due.floor().long()
+    return sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1])), due[:, -1].frac()
 
 
 def _ended(canvas: Canvas, config: DecodeConfig, last: Tensor) -> Canvas:
