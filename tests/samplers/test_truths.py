@@ -202,6 +202,10 @@ def test_the_process_run_backwards_draws_from_its_law_and_keeps_what_is_known_at
         scaled = replace(config, eta=config.eta * 6 / calls)  # as many tokens masked again, shared by the calls
         errors.append(total_variation(ancestral_law(joint, scaled, calls)[0], joint.probs))
     assert errors[0] > 3 * errors[1] > 9 * errors[2], "in inverse proportion to the calls"
+    if not options:
+        assert errors == pytest.approx([0.0716, 0.0180, 0.0045], abs=1e-4)
+    if options.get("remdm") == "cap":
+        assert total_variation(ancestral_law(joint, config, 96)[0], joint.probs) > 4 * errors[2], "unscaled it stays"
 
 
 def alpha(config: DecodeConfig, steps: int, call: int) -> Tensor:
