@@ -169,11 +169,11 @@ class Latent(nn.Module):
         """Hidden rows [..., D] -> x-hat [..., d]."""
         if self.leave_proj is not None:
             return self.leave_proj(hidden)
-        return self.expected(backbone.unembed(hidden))
+        return self.x_hat(backbone.unembed(hidden))
 
-    def expected(self, logits: Tensor) -> Tensor:
-        """softmax(logits [..., V]) @ vectors, [..., d]."""
-        return logits.float().softmax(-1) @ self.vectors()
+    def x_hat(self, said: Tensor) -> Tensor:
+        """[..., d], of what a call has said: x-hat itself, or logits [..., V]."""
+        return said.float() if self.config.regresses else said.float().softmax(-1) @ self.vectors()
 
     def scores(self, x: Tensor) -> Tensor:
         """Logits [..., V] of the token that a vector [..., d] is: of its distances, as under noise of variance 1."""
@@ -182,9 +182,7 @@ class Latent(nn.Module):
 
     def read(self, said: Tensor) -> tuple[Tensor, Tensor]:
         """What a call has said, x-hat or logits, as both: x-hat [..., d] and logits [..., V]."""
-        if self.config.regresses:
-            return said.float(), self.scores(said)
-        return self.expected(said), said.float()
+        return self.x_hat(said), self.scores(said) if self.config.regresses else said.float()
 
     def level(self, t: Tensor, places: Tensor) -> Level:
         """How noisy things are at times t [...] and `places` [...] within the answer, where these have their own."""
