@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import machine, peers, watch
@@ -86,7 +87,8 @@ def ways_of(arguments: argparse.Namespace, shape: Shape, folder: Path) -> tuple[
     found, equal = [], []
     theirs: torch.nn.Module = peers.AsTheirs(pipelines["fp32"])
     if arguments.fast_dllm:
-        theirs = peers.fast_dllm_model(Path(arguments.fast_dllm), checkpoint, shape)
+        weights = load_file(checkpoint / "model.safetensors")
+        theirs = peers.fast_dllm_model(Path(arguments.fast_dllm), weights, shape)
     if arguments.llada:
         found.append(peers.llada(Path(arguments.llada), theirs, shape))
         equal.append(("LLaDA generate", "ours, no cache"))

@@ -44,6 +44,8 @@ def build(
             "num_attention_heads": heads,
             "intermediate_size": inner,
             "attention": attention,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
         },
         mask_token_id=vocabulary - 1,
         eos_token_id=vocabulary - 2,

@@ -39,6 +39,12 @@ LLADA_FIELDS = {
     "init_std": 0.02, "init_cutoff_factor": None, "precision": "fp32", "use_cache": False,
 }  # fmt: skip
 LLADA_V_FILE = "train/llava/model/language_model/modeling_llada.py"
+FAST_DLLM_LOOPS = {
+    "no cache": "generate",
+    "prefix cache": "generate_with_prefix_cache",
+    "dual cache": "generate_with_dual_cache",
+}
+SINGLE = ", its float64 as float32"
 BORROWED = ("add_gumbel_noise", "get_num_transfer_tokens", "generate_with_embeds")
 
 
@@ -64,29 +70,42 @@ class Single:
 
 def fast_dllm(checkout: Path, checkpoint: Path, shape: Shape) -> list[Way]:
     """Its loops without a cache, with the prefix's and with both, in float32; with both also in bfloat16."""
-    folder = _folder(checkout, "llada", "generate.py")
-    model = fast_dllm_model(checkout, checkpoint, shape)
+    folder = folder_of(checkout)
+    model = fast_dllm_model(checkout, load_file(checkpoint / "model.safetensors"), shape)
     half = deepcopy(model).to(torch.bfloat16)
-    as_is, single = (_module(folder / "generate.py", f"fast_dllm_{n}", folder) for n in ("as_is", "single"))
-    vars(single)["torch"] = Single()
-    loops = {"no cache": "generate", "prefix cache": "generate_with_prefix_cache"}
-    loops["dual cache"] = "generate_with_dual_cache"
+    as_is, single = fast_dllm_loops(folder)
     ways = []
-    for said, own in ((as_is, ""), (single, ", its float64 as float32")):
-        for name, loop in loops.items():
-            ways.append(_loop(f"Fast-dLLM {name}{own}", "fp32", getattr(said, loop), model, shape))
-    ways.append(_loop(f"Fast-dLLM dual cache{own}", "bf16", single.generate_with_dual_cache, half, shape))
+    for said, own in ((as_is, ""), (single, SINGLE)):
+        for name, verb in FAST_DLLM_LOOPS.items():
+            ways.append(loop(f"Fast-dLLM {name}{own}", "fp32", getattr(said, verb), model, shape))
+    ways.append(loop(f"Fast-dLLM dual cache{SINGLE}", "bf16", single.generate_with_dual_cache, half, shape))
     return ways
 
 
-def fast_dllm_model(checkout: Path, checkpoint: Path, shape: Shape) -> nn.Module:
-    """LLaDA in Fast-dLLM's model file, with the checkpoint's weights."""
-    folder = _folder(checkout, "llada", "generate.py")
+def folder_of(checkout: Path) -> Path:
+    """Where Fast-dLLM's code for LLaDA lies."""
+    return _folder(checkout, "llada", "generate.py")
+
+
+def fast_dllm_loops(folder: Path) -> tuple[ModuleType, ModuleType]:
+    """Its loops as they are, and with float32 where they ask for float64."""
+    as_is, single = (_module(folder / "generate.py", f"fast_dllm_{n}", folder) for n in ("as_is", "single"))
+    vars(single)["torch"] = Single()
+    return as_is, single
+
+
+def fast_dllm_model(
+    checkout: Path, weights: dict[str, Tensor], shape: Shape, fields: dict[str, Any] | None = None
+) -> nn.Module:
+    """LLaDA in Fast-dLLM's model file, holding these weights under LLaDA's names, no copies of them."""
+    folder = folder_of(checkout)
     with _Importing(folder):
         found = importlib.import_module("model.modeling_llada")
-        config = importlib.import_module("model.configuration_llada").LLaDAConfig(**LLADA_FIELDS, **shape.fields())
-    model = found.LLaDAModelLM(config, init_params=True).eval()
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        config = importlib.import_module("model.configuration_llada").LLaDAConfig(
+            **{**LLADA_FIELDS, **shape.fields(), **(fields or {})}
+        )
+    model = found.LLaDAModelLM(config, init_params=False).eval()
+    model.load_state_dict(weights, assign=True)
     model.config.use_cache = False
     return model
 
@@ -94,7 +113,7 @@ def fast_dllm_model(checkout: Path, checkpoint: Path, shape: Shape) -> nn.Module
 def llada(checkout: Path, model: nn.Module, shape: Shape) -> Way:
     """LLaDA's loop on a model of its format."""
     folder = _folder(checkout, ".", "generate.py")
-    return _loop(
+    return loop(
         "LLaDA generate", "fp32", _module(folder / "generate.py", "llada_generate", folder).generate, model, shape
     )
 
@@ -118,7 +137,7 @@ def llada_v(checkout: Path, pipeline: Pipeline, shape: Shape) -> list[Way]:
         _folder(checkout, "train/llava/model/language_model", "modeling_llada.py") / "modeling_llada.py"
     ).read_text()
     ways = []
-    for name, library in (("", torch), (", its float64 as float32", Single())):
+    for name, library in (("", torch), (SINGLE, Single())):
         self = borrow(text, shape.vocabulary, library)()
         self.model, self.lm_head = _Body(backbone), backbone.lm_head
         ways.append(Way(f"LLaDA-V generate_with_embeds{name}", "fp32", _embeds(self, backbone, shape), backbone, True))
@@ -170,7 +189,7 @@ class _Body:
 
     def __call__(self, inputs_embeds: Tensor) -> tuple[Tensor]:
         batch, length = inputs_embeds.shape[:2]
-        places = torch.arange(length).expand(batch, -1)
+        places = torch.arange(length, device=inputs_embeds.device).expand(batch, -1)
         rule = layout("full", documents=torch.zeros_like(places), canvas=places >= 0)
         return (self.backbone(inputs_embeds, places, rule).hidden,)
 
@@ -182,7 +201,9 @@ class _NoCache:
         pass
 
 
-def _loop(name: str, dtype: str, generate: Any, model: nn.Module, shape: Shape) -> Way:
+def loop(name: str, dtype: str, generate: Any, model: nn.Module, shape: Shape) -> Way:
+    """One of their loops with their signature."""
+
     def answer(ids: Tensor) -> Tensor:
         found = generate(
             model,
