@@ -92,6 +92,8 @@ PICTURES = [picture(0), None, [picture(1), picture(2)], None, picture(0)]
         {"remasking": "random", "temperature": 1.0},
         {"temperature": 0.8, "top_p": 0.9, "threshold": 0.3},
         {"cfg_scale": 0.7, "remasking": "entropy"},
+        {"schedule": "first_hitting", "remasking": "origin", "temperature": 1.0},
+        {"schedule": "time", "remasking": "origin", "remdm": "psi", "eta": 0.5, "temperature": 1.0, "block_length": 3},
     ],
     ids=lambda o: "-".join(map(str, o)) or "greedy",
 )
