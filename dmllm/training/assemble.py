@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dmllm.checkpoints.compose import compose
+from dmllm.checkpoints.folder import decode_defaults, set_decode_defaults
 from dmllm.config import to_dict
 from dmllm.data.loader import Loader, build_loader
 from dmllm.data.mixture import DataConfig, Mixture, load_mixture, read_data_config
@@ -64,7 +65,7 @@ def assemble(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)
     core, processor = compose(config.model)
     asked = config.objective.name, config.objective.options
-    core.adapt(**requirements(*asked, core.config.visibility))
+    adapt(core, requirements(*asked, core.config.visibility), config.model.generation)
     set_learning(core, config.parts, compact=config.precision == "bf16" and not accelerator.is_fsdp2)
     core.train()
     if config.gradient_checkpointing:
@@ -95,6 +96,17 @@ def assemble(config: TrainConfig) -> Run:
         micro_batches=micro_batches,
         start=load_checkpoint(checkpoint, learned) if checkpoint else Progress(),
     )
+
+
+def adapt(model: Any, required: dict[str, Any], generation: dict[str, Any]) -> None:
+    """Makes the model one that learns by the objective; where that changes its blocks, it no longer decodes in those
+    that it had, unless the configuration's `generation` says so."""
+    before = model.config.visibility
+    model.adapt(**required)
+    if model.config.visibility != before and "block_length" not in generation:
+        defaults = decode_defaults(model)
+        defaults.pop("block_length", None)
+        set_decode_defaults(model, defaults)
 
 
 def open_loader(run: Run, data: str | DataConfig, mixture: Mixture, *, start: int, seed: int) -> Loader:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dmllm.checkpoints.folder import decode_defaults
 from dmllm.objectives.draws import Draws
 from dmllm.pipeline import Pipeline
 from dmllm.training.assemble import Run, open_loader
@@ -82,7 +83,7 @@ def sample_answers(run: Run, step: int) -> None:
     lines = []
     with evaluating(run):
         gather_root(run.core)
-        pipeline = Pipeline(run.core, run.processor, getattr(run.core, "generation_defaults", {}))
+        pipeline = Pipeline(run.core, run.processor, decode_defaults(run.core))
         for _, number, record in itertools.islice(run.validation.order(), run.config.samples.num_examples):
             asked, truth = question(run.validation.record(number, record).messages)
             reply = pipeline.chat(asked, **run.config.samples.decode)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmllm.checkpoints.compose import ModelSpec
+from dmllm.checkpoints.compose import ModelSpec, compose
+from dmllm.checkpoints.folder import decode_defaults
 from dmllm.checkpoints.tokenizer import train_tokenizer
 from dmllm.data.mixture import DataConfig
 from dmllm.data.sources import DataSource
@@ -17,6 +18,7 @@ from dmllm.objectives import build_objective, requirements
 from dmllm.objectives.draws import Draws
 from dmllm.pipeline import load
 from dmllm.training import TrainConfig, train
+from dmllm.training.assemble import adapt
 from dmllm.training.config import ObjectiveConfig, OptimiserConfig, ValidationConfig
 from dmllm.types import IGNORE, Batch, SpecialTokens
 
@@ -132,3 +134,16 @@ def test_a_run_goes_through_all_stages_and_may_be_stopped_in_any(tmp_path, monke
     pipeline = load(str(whole.folder / "model"))
     assert pipeline.model.config.visibility == "block:3"
     assert pipeline.chat("how much?", max_new_tokens=6).num_forwards >= 2
+
+
+def test_a_checkpoint_no_longer_decodes_in_the_blocks_that_it_had(tmp_path):
+    text = tmp_path / "data.json"
+    text.write_text(json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]))
+    tokenizer = train_tokenizer([text], vocab_size=300, out=tmp_path / "tokenizer")
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for generation in ({}, {"block_length": 4}):
+        spec = ModelSpec(backbone=shape, tokenizer=str(tokenizer), visibility="block:4", generation={"block_length": 4})
+        model, _ = compose(spec)
+        adapt(model, requirements("block", {"block_schedule": STAGES}, "block:4"), generation)
+        assert model.config.visibility == "block:3"
+        assert decode_defaults(model) == generation
