@@ -1,7 +1,8 @@
-"""The masked bound without drawing anything: every subset of hidden tokens at every time of a quadrature.
+"""The masked and block bounds without drawing anything: every subset of hidden tokens at every time of a quadrature.
 
 For a model with any conditionals it is one number under every schedule, which is also the mean over subset sizes and
 the mean over orders; with exact conditionals it is -log p of a text, and the entropy on average over the data.
+In blocks it is that for every block length, though each is another number where the conditionals are not exact.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dmllm.objectives import build_objective
 from dmllm.types import Batch, SpecialTokens
 from tests.exact import Joint
 
-LENGTH, NODES = 4, 32
+LENGTH, NODES = 4, 16
 SUBSETS = torch.tensor(list(itertools.product([False, True], repeat=LENGTH)))  # [16, L]
 SCHEDULES: list[dict[str, Any]] = [
     {"schedule": "linear"},
@@ -39,10 +40,10 @@ class Sharper(Joint):
         return SimpleNamespace(logits=1.7 * super().score(**given).logits.clamp(min=-1e9))
 
 
-def bounds(model: Any, texts: Tensor, mask: int, options: dict[str, Any]) -> Tensor:
+def bounds(model: Any, texts: Tensor, mask: int, options: dict[str, Any], visibility: str = "full") -> Tensor:
     """The objective's loss of each of `texts` [T, L], summed over its tokens: [T] nats."""
     special = SpecialTokens(mask=mask, eos=0, pad=0)
-    objective = build_objective("masked", {"min_noise": 1e-9, "zero_masking": True, **options}, special, "full")
+    objective = build_objective(None, {"min_noise": 1e-9, "zero_masking": True, **options}, special, visibility)
     nodes, shares = (torch.from_numpy(x) / 2 for x in np.polynomial.legendre.leggauss(NODES))
     times = objective.t_min + (objective.t_max - objective.t_min) * (nodes + 0.5)
     masked = 1 - objective.schedule.alpha(times)[:, None]  # [T, 1]
@@ -60,7 +61,7 @@ def bounds(model: Any, texts: Tensor, mask: int, options: dict[str, Any]) -> Ten
     hidden = SUBSETS.repeat(NODES * len(texts), 1)
     time = times.repeat_interleave(len(SUBSETS)).repeat(len(texts))[:, None].expand(-1, LENGTH)
     noised = objective.corrupt(batch, hidden, time)
-    row = noised.rows // LENGTH % len(ids)  # of the second view too
+    row = noised.rows // noised.batch.input_ids.shape[1] % len(ids)  # of a second view below the first too
     weights = noised.weights * chance.flatten().repeat(len(texts))[row]
     found, views = [], 2 if options.get("complementary") else 1
     for text in range(len(texts)):
@@ -107,3 +108,29 @@ def test_a_uniform_predictor_scores_log_v_a_token(options: dict[str, Any]) -> No
     uniform = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 8))
     found = float(bounds(uniform, torch.zeros(1, LENGTH, dtype=torch.int64), 7, options))
     assert found / LENGTH == pytest.approx(math.log(7), rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("options", SCHEDULES[::3], ids=str)
+def test_in_blocks_of_any_length_too(length: int, options: dict[str, Any]) -> None:
+    joint, visibility = Joint(2, LENGTH), f"block:{length}"
+    found = bounds(joint.score, joint.texts, joint.mask, options, visibility).double()
+    torch.testing.assert_close(found, -joint.probs.log(), atol=3e-5, rtol=0)
+    uniform = lambda *, rows, **_: SimpleNamespace(logits=torch.zeros(len(rows), 8))
+    found = float(bounds(uniform, torch.zeros(1, LENGTH, dtype=torch.int64), 7, options, visibility))
+    assert found / LENGTH == pytest.approx(math.log(7), rel=1e-6)
+
+
+def test_blocks_of_one_token_are_the_chain_rule_and_one_block_is_the_masked_bound() -> None:
+    """Of conditionals that are not exact, under which the two differ."""
+    model = Sharper(3, LENGTH)
+    text, cost = model.texts[44], costs(model, model.texts[44])
+    one, whole, masked = (
+        float(bounds(model.score, text[None], model.mask, {}, visibility))
+        for visibility in ("block:1", "block:4", "full")
+    )
+    behind = (2 ** (LENGTH - i) - 1 for i in range(LENGTH))  # the subsets of i and all that follows
+    in_order = sum(float(cost[subset, i]) for i, subset in enumerate(behind))
+    assert one == pytest.approx(in_order, rel=3e-6)
+    assert whole == pytest.approx(masked, rel=3e-6)
+    assert abs(one - whole) > 1e-3
