@@ -76,9 +76,9 @@ class Block(Masked):
     def requires(config: MaskedConfig, visibility: str) -> dict[str, Any]:
         """A model that does not denoise in blocks yet gets them; one with a schedule, those of its end."""
         assert isinstance(config, BlockConfig)
-        if config.block_schedule:
-            return {"visibility": visibility_of(config.block_schedule[-1][1])}
-        return {"visibility": visibility_of(config.block_length)} if check_layout(visibility) is None else {}
+        own = visibility if check_layout(visibility) else visibility_of(config.block_length)
+        last = [visibility_of(length) for _, length in config.block_schedule[-1:]]
+        return {"process": "absorbing", "visibility": (last or [own])[0]}
 
     def prepare(self, batch: Batch, draws: Draws) -> Noised:
         """As `Masked.prepare`, in blocks as long as they now are."""

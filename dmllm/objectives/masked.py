@@ -21,7 +21,7 @@ from torch import Tensor
 from dmllm.diffusion.absorbing import draw_hidden, hide
 from dmllm.diffusion.schedules import SCHEDULES
 from dmllm.nn.rope import places
-from dmllm.nn.visibility import Visibility, layout
+from dmllm.nn.visibility import ORDERED, Visibility, layout
 from dmllm.objectives.anneal import anneal, openness
 from dmllm.objectives.cart import context_adaptive
 from dmllm.objectives.confidence import confidence_loss, number_answers
@@ -135,8 +135,9 @@ class Masked:
 
     @staticmethod
     def requires(config: MaskedConfig, visibility: str) -> dict[str, Any]:
-        """A causal model gets full attention; that its logits are shifted stays as it is."""
-        return {"visibility": "full"} if visibility == "causal" else {}
+        """A causal model gets full attention, one of permutations a prefix's; a shift of logits stays as it is."""
+        become = {"causal": "full", ORDERED: "prefix"}
+        return {"process": "absorbing", "visibility": become.get(visibility, visibility)}
 
     def prepare(self, batch: Batch, draws: Draws) -> Noised:
         """Hide tokens of each answer. Deterministic in (batch, draws); the batch is left as it is."""

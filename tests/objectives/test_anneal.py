@@ -95,10 +95,10 @@ def test_under_block_what_is_behind_a_token_in_its_own_block_is_what_opens():
 
 
 def test_a_causal_model_gets_the_visibility_under_which_it_is_to_denoise():
-    assert requirements("masked", {}, "causal") == {"visibility": "full"}
-    assert requirements("masked", {}, "prefix") == {}
-    assert requirements("block", {"block_length": 4}, "causal") == {"visibility": "block:4"}
-    assert requirements("block", {"block_length": 4}, "block:8") == {}
+    assert requirements("masked", {}, "causal") == {"visibility": "full", "process": "absorbing"}
+    assert requirements("masked", {}, "prefix")["visibility"] == "prefix"
+    assert requirements("block", {"block_length": 4}, "causal") == {"visibility": "block:4", "process": "absorbing"}
+    assert requirements("block", {"block_length": 4}, "block:8")["visibility"] == "block:8"
 
 
 def text_batch(ids: torch.Tensor, labels: torch.Tensor) -> Batch:

@@ -74,9 +74,9 @@ def test_where_nothing_is_trained_blocks_are_those_of_the_end():
 
 
 def test_the_model_gets_the_visibility_of_the_end():
-    assert requirements("block", {"block_schedule": STAGES}, "causal") == {"visibility": "block:3"}
-    assert requirements("block", {"block_schedule": STAGES}, "block:32") == {"visibility": "block:3"}
-    assert requirements("block", {"block_schedule": STAGES[:3]}, "block:32") == {"visibility": "full"}
+    for visibility in ("causal", "full", "block:32"):
+        assert requirements("block", {"block_schedule": STAGES}, visibility)["visibility"] == "block:3"
+        assert requirements("block", {"block_schedule": STAGES[:3]}, visibility)["visibility"] == "full"
 
 
 @pytest.mark.parametrize(

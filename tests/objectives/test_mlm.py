@@ -259,9 +259,10 @@ def test_the_head_learns_which_answer_belongs_to_which_question():
 
 
 def test_what_does_not_fit_is_refused_and_a_model_gets_the_head_it_needs():
-    assert requirements("mlm", {}, "prefix") == {}
-    assert requirements("mlm", {"next_sentence": True}, "full") == {"heads": {HEAD: {}}}
-    assert requirements("mlm", {}, "causal") == {"visibility": "full"}
+    full = {"process": "absorbing", "visibility": "full"}
+    assert requirements("mlm", {}, "prefix") == {**full, "visibility": "prefix"}
+    assert requirements("mlm", {"next_sentence": True}, "full") == {**full, "heads": {HEAD: {}}}
+    assert requirements("mlm", {}, "causal") == full
     with pytest.raises(ValueError, match="next_sentence needs a first row that sees the answer"):
         requirements("mlm", {"next_sentence": True}, "prefix")
     with pytest.raises(ValueError, match=r"learns under visibility full or prefix, and this model's is block:4"):
