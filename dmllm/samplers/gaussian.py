@@ -72,16 +72,16 @@ def begin(canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Canva
         ValueError: the model has no vectors, or a setting means nothing here.
     """
     space = canvas.space
-    if space is None:
-        raise ValueError("This model says that it denoises vectors and has none: config.json needs heads.latent.")
+    if canvas.block_length is not None:
+        raise ValueError("This model denoises one canvas, not blocks; set visibility='full' or 'prefix'.")
     for name, value in config.chosen.items():
         if name not in USED:
             raise ValueError(
                 f"{name}={value!r} is for models that commit token after token; this one denoises all of them at once, "
                 f"by steps and gaussian={{'sampler': ..., 'clamp': ...}}. Leave it out."
             )
-    if canvas.block_length is not None:
-        raise ValueError("This model denoises one canvas, not blocks; set visibility='full' or 'prefix'.")
+    if space is None:
+        raise ValueError("This model says that it denoises vectors and has none: config.json needs heads.latent.")
     if GaussianDecoding.of(config.gaussian).sampler == "euler" and space.config.schedule != "linear":
         raise ValueError(f"gaussian.sampler='euler' is for the linear path, not {space.config.schedule}; try 'ddim'.")
     z = _normal(draws, (canvas.ids.shape[1], space.width), canvas.ids.device)
