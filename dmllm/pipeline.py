@@ -229,12 +229,13 @@ class Pipeline:
         generator: Seeds = None,
         use_cache: bool | None = None,
     ) -> Tensor:
-        """log p(answer | prompt, images) of each row in nats, [B] float64, by Monte Carlo (`predictor.likelihoods`).
+        """log p(answer | prompt, images) of each row in nats, [B] float64 (`predictor.likelihoods`).
 
         Args:
             input_ids, attention_mask, images: the prompts, as for `generate`.
             answer_ids: [B, n], or a list of B answers of any lengths.
-            num_samples: views of each answer, some of its tokens hidden in each.
+            num_samples: views of each answer, some of its tokens hidden in each; unread where a row predicts the next
+                token, whose likelihood is exact.
             hidden: [num_samples, n] bool, what each view hides, in place of drawing it; for one row.
             orders: [num_samples, n], places of the answer in the order in which they come, for models that know all.
             cfg_scale: guidance, as in decoding.

@@ -97,7 +97,7 @@ class Autoregressive:
     def requires(config: AutoregressiveConfig, visibility: str) -> dict[str, Any]:
         """What `MultimodalModel.adapt` is to make of a model that learns this."""
         heads = {HEAD: {"n": config.mtp}} if config.mtp > 1 else {}
-        return {"visibility": "causal", "shift": True, "heads": heads}
+        return {"process": "absorbing", "visibility": "causal", "shift": True, "heads": heads}
 
     def prepare(self, batch: Batch, draws: Draws) -> Aimed:
         """What is scored; nothing is random, and the batch is left as it is."""
