@@ -21,6 +21,8 @@ from dmllm.samplers.revoke import masked_again, revoked, with_confidence
 from dmllm.samplers.rules import accepted, choose
 from dmllm.samplers.stream import is_static
 
+BLIND = ("random", "origin", "sequential")  # rules that look at no logits
+
 
 def advance(
     predict: Predict,
@@ -42,6 +44,9 @@ def advance(
     drawn = _draw(config, draws, length, canvas.ids.device)
     uniform = [numbers.gather(1, slots) for numbers in drawn]
     canvas = replace(canvas, time=noise_level(canvas, config, length, asked, uniform[1]))
+    if constraint is None and _is_blind(config):
+        rows, asked, slots = _in_line(canvas, config, rows, asked, slots, left, uniform[1], length)
+        uniform = [numbers.gather(1, slots) for numbers in drawn]
     logits, guided = predict(canvas, rows), None
     if constraint is not None:
         guided = constraint(canvas, config, logits, rows, asked, uniform[0], full[:, 0])
@@ -183,6 +188,37 @@ def _open_rows(
         order = (~asked).long().argsort(dim=1, stable=True)[:, : int(asked.sum(1).max())]
         rows, asked, slots = rows.gather(1, order), asked.gather(1, order), slots.gather(1, order)
     return rows, asked, slots, left
+
+
+def _is_blind(config: DecodeConfig) -> bool:
+    """Whether what comes next is known before the model is asked: then it is asked for that alone."""
+    surely = ("threshold", "factor", "entropy_bound", "editing_threshold")
+    told = config.early_exit_thresholds or config.distrust_ids or config.choose_mask or config.prompt_first
+    told = told or any(getattr(config, name) is not None for name in surely)
+    return config.remasking in BLIND and config.schedule not in ("confident", "carried") and not told
+
+
+def _in_line(
+    canvas: Canvas,
+    config: DecodeConfig,
+    rows: Tensor,
+    asked: Tensor,
+    slots: Tensor,
+    left: Tensor,
+    uniform: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what `_open_rows` found, the places whose turn it is."""
+    doubt = torch.zeros_like(uniform) if config.remasking == "sequential" else uniform
+    chosen = choose(doubt, None, asked, quota(canvas, config, asked, left, uniform, length))
+    if not is_static(rows.device):
+        width = max(int(chosen.sum(1).max()), 1)
+    elif config.schedule == "even" and (config.sub_block_length or length) >= length:
+        width = config.num_to_transfer or -(-length // config.steps_per_block(canvas.ids.shape[1]))
+    else:
+        return rows, asked, slots
+    first = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
+    return rows.gather(1, first), chosen.gather(1, first), slots.gather(1, first)
 
 
 def _unknown(canvas: Canvas, places: Tensor) -> tuple[Tensor, Tensor]:

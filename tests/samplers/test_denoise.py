@@ -226,3 +226,39 @@ def test_generators_advance_alike_whatever_is_known() -> None:
         next(steps)
         ends.append(torch.rand(1, generator=g))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remasking": "random"},
+        {"remasking": "sequential", "steps": 5},
+        {"remasking": "random", "block_steps": 3, "block_length": 6, "sub_block_length": 3},
+        {"remasking": "origin", "schedule": "time", "steps": 7},
+        {"remasking": "origin", "schedule": "time", "steps": 7, "remdm": "conf"},
+        {"remasking": "random", "fill_behind_eos": False, "eos_token_id": [1, 2, 3], "num_to_transfer": 2},
+    ],
+    ids=str,
+)
+def test_a_rule_that_looks_at_nothing_asks_for_what_is_committed_and_finds_the_same(options, monkeypatch) -> None:
+    config = DecodeConfig(temperature=1.0, **options)
+    found = []
+    for blind in (True, False):
+        if not blind:
+            monkeypatch.setattr(loop, "_is_blind", lambda config: False)
+        asked, model = [], NoiseModel()
+
+        def watching(canvas: Canvas, rows: torch.Tensor, asked=asked, model=model) -> torch.Tensor:
+            asked.append(rows.shape[1])
+            return model(canvas, rows)
+
+        watching.mask = model.mask  # type: ignore[attr-defined]
+        found.append((fill(watching, config, 4, 12), asked))
+    (few, narrow), (many, wide) = found
+    for one, other in zip(few, many, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.num_forwards, other.num_forwards)
+    fresh = torch.stack([step.committed for step in few]).sum(-1).diff(dim=0).amax(1)
+    if "remdm" not in options:
+        assert narrow[1:] == fresh.clamp(min=1).tolist()
+    assert sum(narrow) < sum(wide)
