@@ -322,15 +322,16 @@ def likelihoods(
     Raises:
         ValueError: numbers or shapes do not fit, or the answer is not on one canvas.
     """
-    check_masks(model, "score()")
-    kind = model.config.visibility
+    kind, bound = model.config.visibility, process_of(model).log_likelihood
+    if bound is None:
+        check_masks(model, "score()")
     exact, ordered = predicts_next(model, kind), kind == ORDERED
     if (orders is not None and not ordered) or (hidden is not None and ordered):
         raise ValueError(f"visibility={kind!r} takes {'orders= in place of hidden' if ordered else 'no orders'}=.")
     if kind not in ("full", "prefix") and not exact and not ordered:
         raise ValueError(f"Likelihoods need a model that masks a whole answer at once, not visibility={kind!r}.")
-    if exact and hidden is not None:
-        raise ValueError("hidden= is for models that mask; this one's likelihood is exact. Leave it out.")
+    if (exact or bound is not None) and hidden is not None:
+        raise ValueError("hidden= is for models that mask; this one has a likelihood of its own. Leave it out.")
     if exact:
         check_prompts([int((prompt.documents != PADDING).sum()) for prompt in prompts])
     if len(answers) != len(prompts) or not all(answer.ndim == 1 and len(answer) for answer in answers):
@@ -348,6 +349,9 @@ def likelihoods(
             continue
         if exact:
             found.append(chain_rule(predict, answer, mask_id))
+            continue
+        if bound is not None:
+            found.append(bound(predict, answer, own, num_samples, batch_size))
             continue
         views = draw_views(len(answer), num_samples, own) if hidden is None else torch.as_tensor(hidden).bool()
         if views.shape[1:] != answer.shape or not bool(views.any(1).all()) or (hidden is not None and len(answers) > 1):

@@ -20,6 +20,7 @@ Time: t = 0 is clean, t = 1 is noise. Shapes: any, [...]; V ids.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ class UniformNoise:
 
     def at(self, t: Tensor) -> Level:
         alpha = self.schedule.alpha(t).clamp(0, 1)
-        odds = alpha.log() - torch.log1p(-alpha) + torch.log(alpha.new_tensor(self.words))
+        odds = alpha.log() - torch.log1p(-alpha) + math.log(self.words)
         return Level(alpha, (1 - alpha) / self.words, torch.zeros_like(alpha), odds.clamp(-MOST, MOST))
 
     def pull(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +129,11 @@ class HybridNoise:
 
     def time(self, share: Tensor) -> Tensor:
         low, high = torch.zeros_like(share), torch.ones_like(share)
-        for _ in range(24):  # of a float32
+        for _ in range(26):  # to 1e-8
             middle = (low + high) / 2
             early = 1 - self.at(middle).alpha < share
             low, high = torch.where(early, middle, low), torch.where(early, high, middle)
-        return torch.where(share >= 1, 1.0, (low + high) / 2)
+        return torch.where(share >= 1, 1.0, torch.where(share <= 0, 0.0, (low + high) / 2))
 
     @property
     def _scale(self) -> float:
@@ -204,7 +205,10 @@ def fresh(level: Level, which: Tensor, number: Tensor, vocabulary: Vocabulary) -
 
 def of_words(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Logits [..., V] of the words alone: those of reserved ids are -inf."""
-    return logits.index_fill(-1, torch.tensor(vocabulary.reserved, device=logits.device), -torch.inf)
+    kept = logits.clone()
+    for reserved in vocabulary.reserved:
+        kept[..., reserved] = -torch.inf
+    return kept
 
 
 def leave_one_out(logits: Tensor, noised: Tensor, level: Level, mask_id: int) -> Tensor:

@@ -150,6 +150,10 @@ class MultimodalModel(PreTrainedModel):
         rows = latents if self.space is None else self.space.enter(latents)
         return F.pad(rows.to(self.dtype), (0, self.stream_width - rows.shape[-1]))
 
+    def hear(self, stream: Tensor, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The stream [B, L, D] told what the model has said before; see `forward` for `logits` and `rows`."""
+        return heard(stream, self.heads[FEEDBACK], self.backbone, logits, rows)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -205,7 +209,7 @@ class MultimodalModel(PreTrainedModel):
             assert latent_rows is not None, "latents need latent_rows"
             inputs_embeds = torch.where(latent_rows[..., None], self.enter(latents), inputs_embeds)
         if feedback is not None:
-            inputs_embeds = heard(inputs_embeds, self.heads[FEEDBACK], self.backbone, feedback, feedback_rows)
+            inputs_embeds = self.hear(inputs_embeds, feedback, feedback_rows)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)
         output = self.backbone(inputs_embeds, positions, visibility, cache=cache, time=time)
 

@@ -9,6 +9,7 @@ PROCESSES = Table(
     "process",
     {
         "absorbing": "dmllm.samplers.absorbing:ABSORBING",
+        "uniform": "dmllm.samplers.uniform:uniform",
         "insertion": "dmllm.samplers.insertion:INSERTION",
         "gaussian": "dmllm.samplers.gaussian:GAUSSIAN",
     },

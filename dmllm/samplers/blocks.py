@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmllm.samplers.canvas import Canvas
-from dmllm.samplers.stream import Stream, guided
+from dmllm.samplers.stream import Stream, guided, heard_of
 
 
 def whole_blocks(
@@ -82,6 +82,11 @@ class BlockPredictor:
         if stream.cache is not None and stream.static:  # so that every call is as wide: the active block and one before
             stream.store(self.block_length)
 
+    @property
+    def hears(self) -> bool:
+        """Whether the model goes on from what it has said (`canvas.heard`)."""
+        return getattr(self.stream.model, "takes_feedback", False)
+
     @torch.no_grad()
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K], in each row's active block or right behind it."""
@@ -112,7 +117,10 @@ class BlockPredictor:
             else self.stream.given + self.stream.length
         )
         window = self.stream.run(start, torch.cat([end[:, None], asked + 1], 1).amax(1), width)
-        logits = self.stream.feed(ids, *window, asked, canvas.time.repeat(twice))
+        active = window[0] // self.block_length == block[:, None]  # what is stored is told that it is clean
+        time = torch.where(active, canvas.time.repeat(twice)[:, None], 0.0)
+        heard = heard_of(canvas, twice) if self.hears else None
+        logits = self.stream.feed(ids, *window, asked, time, heard=heard)
         self.stream.stored()
         self._stored = block + complete if self.stream.cache is not None else self._stored
         return guided(logits, self.cfg_scale)

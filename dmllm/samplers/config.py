@@ -142,6 +142,9 @@ class DecodeConfig:
     """Runs of tokens that end a reply too, e.g. the ids of a word (LLaDA-V's stopping_criteria)."""
     gaussian: dict[str, Any] | None = None
     """For models that denoise vectors: sampler and clamp, the fields of `samplers.gaussian.GaussianDecoding`."""
+    uniform: dict[str, Any] | None = None
+    """For models that undo random words: sampler (ancestral, commit, entropy_bound), kappa, corrections and the other
+    fields of `samplers.uniform.UniformDecoding`."""
     constraint: Any = None
     """What an answer's text must match, whatever the other settings: a regular expression (as `re.fullmatch` reads
     it), a JSON schema (a dict), or a list with one, a list of choices, or None for each request of a batch."""

@@ -34,4 +34,6 @@ class Process:
     advance: Advance
     finished: Callable[[Canvas, Any], Tensor]  # (canvas, config) -> [B] bool: needs no further call
     begin: Callable[[Canvas, Any, list[Generator]], Canvas] = as_it_is  # before the first call
+    log_likelihood: Any = None  # (predict, answer, generator, num_samples, batch_size) -> a bound in nats, where known
+    grows: bool = False  # whether tokens are inserted, so that a hole need not have a length
     masks: bool = False  # whether what is not known is a mask, so that what it hides at random has a likelihood

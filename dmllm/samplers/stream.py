@@ -151,6 +151,7 @@ class Stream:
         call: Call | None = None,
         order: tuple[Tensor, Tensor] | None = None,
         soft: tuple[Tensor, Tensor] | None = None,
+        heard: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, K, V], or what `call` makes of the model.
 
@@ -158,10 +159,11 @@ class Stream:
             ids: [B, N], the canvas.
             places: [B, W] ascending, what is fed, where `real` [B, W].
             asked: [B, K], the places whose tokens are asked for, each among those fed.
-            time: [B], for models conditioned on it.
+            time: [B] or [B, W], for models conditioned on it.
             rows: [B] int64, of which rows of the batch all this is; None is all.
             call: what is asked of the model, a function as `call_model`, which it is where this is None.
             order: [B, N] each, ranks of the canvas's tokens and which are known, where the layout does not say it.
+            heard: [B, K', V] and [B, K'], what the model has said before, of which of the canvas's places; -1 of none.
             soft: [B, N, F] and [B, N], what stands in place of the canvas's tokens (the model's `enter`), and where.
         """
         call = call_model if call is None else call
@@ -179,6 +181,8 @@ class Stream:
         if self.given:
             column = places.clamp(max=self.given - 1)[..., None].expand(-1, -1, prompts.shape[-1])
             stream = torch.where(of_prompt[..., None], prompts.gather(1, column), stream)
+        if heard is not None:
+            stream = self._told(stream, places - lengths, *heard)
         column = torch.where(of_prompt, places, places - lengths + self.given).clamp(max=positions.shape[-1] - 1)
         rule = layout(
             self.visibility,
@@ -205,6 +209,13 @@ class Stream:
             return graph(*inputs, stored)
         self.cache.put(stored, rows)
         return call(self.model, self.cache, *inputs)
+
+    def _told(self, stream: Tensor, fed: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+        """The stream [B, W, D], told what the model has said of the canvas's places `rows` where these are `fed`."""
+        at = torch.searchsorted(fed.contiguous(), rows).clamp(max=fed.shape[1] - 1)
+        there = (fed.gather(1, at) == rows) & (rows >= 0)
+        first = fed.shape[1] * torch.arange(len(fed), device=fed.device)[:, None]
+        return self.model.hear(stream, logits.flatten(0, 1), torch.where(there, first + at, -1).flatten())
 
     def _stored(self, places: Tensor, real: Tensor) -> Tensor:
         """Where the rows are written; the same tensor as for the same window before."""
@@ -265,6 +276,13 @@ def asked_twice(canvas: Canvas, cfg_scale: float, masks_draft: bool) -> Tensor:
         return canvas.ids
     without = canvas.ids.masked_fill(~canvas.editable, canvas.mask_id) if masks_draft else canvas.ids
     return torch.cat([canvas.ids, without])
+
+
+def heard_of(canvas: Canvas, copies: int) -> tuple[Tensor, Tensor] | None:
+    """What the model has said of the canvas, for each copy of its rows: as `Stream.feed` takes it."""
+    if canvas.heard is None:
+        return None
+    return canvas.heard.logits.repeat(copies, 1, 1), canvas.heard.rows.repeat(copies, 1)
 
 
 def guided(logits: Tensor, cfg_scale: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dmllm.nn.cache import KVCache
 from dmllm.nn.visibility import Visibility
 from dmllm.samplers.canvas import Canvas
-from dmllm.samplers.stream import Call, Stream, asked_twice, guided
+from dmllm.samplers.stream import Call, Stream, asked_twice, guided, heard_of
 
 
 class WholePredictor:
@@ -46,6 +46,11 @@ class WholePredictor:
         if stream.cache is not None:
             stream.store()
 
+    @property
+    def hears(self) -> bool:
+        """Whether the model goes on from what it has said (`canvas.heard`)."""
+        return getattr(self.stream.model, "takes_feedback", False)
+
     def __call__(self, canvas: Canvas, rows: Tensor) -> Tensor:
         """Logits [B, K, V] at the canvas positions `rows` [B, K]."""
         return guided(self._feed(canvas, rows), self.cfg_scale)
@@ -55,13 +60,16 @@ class WholePredictor:
         is the prompt's last row.
 
         Raises:
-            ValueError: there is a request without a prompt.
+            ValueError: a request without a prompt may grow in front of its first token.
         """
         if not self.stream.all_given:
-            raise ValueError(
-                "A request has an empty prompt, and no row stands in front of its answer; begin with a token such as "
-                "bos, as the training texts did."
-            )
+            self.stream.follow(canvas.requests)
+            empty = self.stream.lengths[: len(canvas)] == 0
+            if bool((empty if canvas.closed is None else empty & ~canvas.closed[:, 0]).any()):
+                raise ValueError(
+                    "A request has an empty prompt, and no row stands in front of its answer; begin with a token such "
+                    "as bos, as the training texts did."
+                )
         asked = torch.cat([rows, others], 1)
         logits, said = self._feed(canvas, asked, _asking(name, rows.shape[1]))
         return guided(logits, self.cfg_scale), guided(said, self.cfg_scale)
@@ -86,11 +94,13 @@ class WholePredictor:
             lengths + opened,
             stream.length if cached else stream.given + stream.length,
         )
-        asked = rows.repeat(stream.copies, 1) + lengths[:, None]
+        asked = (rows.repeat(stream.copies, 1) + lengths[:, None]).clamp(min=0)
         ids, soft = asked_twice(canvas, self.cfg_scale, self._masks_draft), None
         if canvas.latents is not None:
             soft = canvas.latents.repeat(stream.copies, 1, 1), ~canvas.committed.repeat(stream.copies, 1)
-        return stream.feed(ids, *window, asked, canvas.time.repeat(stream.copies), call=call, soft=soft)
+        heard = heard_of(canvas, stream.copies) if self.hears else None
+        time = canvas.time.repeat(stream.copies)
+        return stream.feed(ids, *window, asked, time, call=call, soft=soft, heard=heard)
 
 
 @lru_cache(maxsize=256)
