@@ -18,10 +18,11 @@ from torch import Generator, Tensor
 
 from dmllm.data.chat import as_messages
 from dmllm.data.holes import Gapped, Laid, gapped
+from dmllm.growing import grow, places
 from dmllm.nn.visibility import ORDERED
 from dmllm.predictor import prepare
 from dmllm.requests import Seeds, row_generators, split_requests
-from dmllm.samplers import check_masks
+from dmllm.samplers import check_masks, process_of
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.denoise import denoise
@@ -76,12 +77,19 @@ def infill(
     batch_size: int,
 ) -> list[Infilled]:
     """Each text filled; `Pipeline.infill` says how. `conversations` are those of `conversations_of`."""
+    if getattr(process_of(pipeline.model), "grows", False):
+        return _grown(pipeline, texts, conversations, decode, generator, collate, use_cache, batch_size)
     processor, config = pipeline.processor, _settings(pipeline, decode)
     gaps = [gapped(processor, text, own) for text, own in zip(texts, conversations, strict=True)]
     if config.suffix_ids:  # what stands behind an answer of this model
         ends = [{} if talk is None else {"end": list(config.suffix_ids), "size": 0} for talk in conversations]
         gaps = [replace(own, **end) for own, end in zip(gaps, ends, strict=True)]
     for text, own in zip(texts, gaps, strict=True):
+        if any(hole.grows for hole in own.holes):
+            raise ValueError(
+                f"{text!r:.80} has a hole of any length, for which a model must insert tokens (objective insertion); "
+                "say [MASK:1..3] for one to three."
+            )
         if own.choices > MAX_CHOICES:
             raise ValueError(
                 f"{text!r:.80} leaves {own.choices} choices of lengths, more than the {MAX_CHOICES} that are tried "
@@ -108,6 +116,36 @@ def infill(
         whole = best.ids[len(own.before) : best.laid.cuts[-1]]
         found.append(Infilled(text, filled, whole, ids, best.num_forwards, known))
     return found
+
+
+def _grown(
+    pipeline: Any,
+    texts: list[str],
+    conversations: list[list[Any] | None],
+    decode: dict[str, Any],
+    generator: Seeds,
+    collate: Collate,
+    use_cache: bool | None,
+    batch_size: int,
+) -> list[Infilled]:
+    """Each text filled by a model that inserts tokens."""
+    processor, config = pipeline.processor, pipeline.decode_config(**decode)
+    gaps = [gapped(processor, text, own) for text, own in zip(texts, conversations, strict=True)]
+    gaps = [replace(own, size=0) for own in gaps]  # no end tokens that fill up
+    examples = [EMPTY if own is None else processor.prompt(own) for own in conversations]
+    seeds = row_generators(generator, [_with_text(one, own) for one, own in zip(examples, gaps, strict=True)])
+    found: dict[int, Infilled] = {}
+    ordered = sorted(range(len(gaps)), key=lambda row: places(gaps[row]))
+    for _, group in itertools.groupby(ordered, key=lambda row: places(gaps[row])):
+        alike = list(group)
+        for rows in (alike[at : at + batch_size] for at in range(0, len(alike), batch_size)):
+            prompts = collate([examples[row] for row in rows])
+            own = [gaps[row] for row in rows], config, [seeds[row] for row in rows]
+            for row, (laid, ids, calls) in zip(rows, grow(pipeline, prompts, *own, use_cache), strict=True):
+                text, said, holes = gaps[row].read(laid, ids, processor.decode)
+                whole = ids[len(gaps[row].before) : laid.cuts[-1]]
+                found[row] = Infilled(text, said, whole, holes, calls, {})
+    return [found[row] for row in range(len(gaps))]
 
 
 def conversations_of(text: Any, messages: Any, images: Any) -> tuple[list[str], list[list[Any] | None], bool]:

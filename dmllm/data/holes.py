@@ -1,4 +1,5 @@
-"""Texts with holes, as tokens: [MASK] is one missing token, [MASK:4] are four, [MASK:1..3] one to three.
+"""Texts with holes, as tokens: [MASK] is one missing token, [MASK:4] are four, [MASK:1..3] one to three, and [MASK:*]
+any number, for models that insert tokens.
 
 What stands around a hole is tokenized by itself, so that no token reaches across a border, and is checked to read back
 as it was written, character by character. A space before a hole goes to the hole's first token where the vocabulary has
@@ -23,11 +24,12 @@ ANCHORS = ("a", "1", ".", "\n")  # what may stand before a piece when it is aske
 
 
 class Hole(NamedTuple):
-    """How many tokens are missing, and whether the first brings the space before it."""
+    """How many tokens are missing; whether the first brings the space before it; whether there may be any number."""
 
     least: int
     most: int
     spaced: bool = False
+    grows: bool = False
 
 
 class Laid(NamedTuple):
@@ -96,11 +98,18 @@ class Gapped:
 
 
 def parse(text: str) -> tuple[list[str], list[Hole]]:
-    """What is fixed, and the holes between. Raises ValueError for a hole of no length, or none at all."""
+    """What is fixed, and the holes between; one of any number of tokens begins with none.
+
+    Raises:
+        ValueError: a hole of no length, or no hole at all.
+    """
     texts, holes, at = [], [], 0
     for found in HOLE.finditer(text):
         texts.append(text[at : found.start()])
         at = found.end()
+        if (found[1], found[2]) == (":", "*"):
+            holes.append(Hole(0, 0, grows=True))
+            continue
         size = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", found[2]) if found[1] == ":" else None
         least, most = (1, 1) if found[1] is None else (0, 0)
         if size:

@@ -152,8 +152,9 @@ def _fill(
 
 
 def _together(mean: Tensor, canvas: Canvas, phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers [B, N + 1] of these means, 0 in gaps that do not grow, rounded so that also their sums are; and what
-    that leaves over, [B].
+    """Whole numbers [B, N + 1] of these means, rounded so that also their sums are, and what that leaves over, [B].
+
+    Gaps that do not grow have none.
 
     Args:
         phase: [B, 1] in [0, 1); drawn evenly, every number is right on average.
@@ -218,4 +219,4 @@ def _check(config: DecodeConfig, length: int) -> None:
         raise ValueError("steps=1: one call inserts and a later one fills; say at least 2.")
 
 
-INSERTION = Process(advance, finished, begin)
+INSERTION = Process(advance, finished, begin, grows=True)
