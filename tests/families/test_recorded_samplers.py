@@ -63,9 +63,11 @@ def test_bd3lms_first_hitting_sampler_is_the_loop_with_its_numbers(monkeypatch: 
         unknown = unknown or [0, 1, 2, 3]
         passed = numbers.rand() ** (1 / len(unknown))
         expected.append(passed * (1.0 if begins else expected[-1]))
-        noise = torch.rand(4, 100, dtype=torch.float64)[unknown]
+        everywhere = torch.rand(4, 100, dtype=torch.float64)
+        place = unknown.pop(int(torch.randint(0, len(unknown), (1,))))
+        noise = everywhere[[place]]
         order = torch.full((1, 4), 0.999999, dtype=torch.float64)
-        order[0, unknown.pop(int(torch.randint(0, len(unknown), (1,))))] = 1 - passed
+        order[0, place] = 1 - passed
         return torch.zeros_like(order), order
 
     forward = pipe.model.forward
