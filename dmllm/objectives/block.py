@@ -1,19 +1,29 @@
-"""The block objective: a bound on the sum over blocks of -log p(block | what is before it), all blocks in one pass.
+"""The block objective: -log p(block | what is before it), bounded block by block, all blocks of an answer in one pass.
 
-Behind what is given stands a second copy of each block that is scored, at the same positions, and is noised; it sees
-itself and what is given before it. So every block is learned as it will be decoded, at the cost of one pass over two
-copies (`views.two_copies`). With blocks as long as the document this is the masked objective, with blocks of one token
-and `min_noise: 1` next-token prediction (tests/objectives/test_block.py).
+    corruption   each block draws a time t; each of its tokens becomes the mask with probability 1 - alpha(t)
+    visibility   block:N; behind what is given stands a second copy of each scored block, at the same positions, noised,
+                 which sees itself and what is given before it: as it will be decoded (`views.two_copies`)
+    target       the hidden tokens
+    weight       as masked: with blocks as long as the document it is that objective, with blocks of one token and
+                 `min_noise: 1` next-token prediction (tests/objectives/test_block.py, test_bounds.py)
+    sampler      block after block, the keys and values of those before stored, each as under masked
+    paper        BD3-LM arXiv:2503.09573, equation 5 and section 3.2, clipped noise: section 5.2
 
-How long blocks are is the model's own affair: its visibility, block:N; one that has none gets `block_length`. Published
-settings:
+    model: {backbone: Qwen/Qwen2.5-0.5B, shift: true}
+    data: data_configs/scenes.yaml
+    objective:
+      name: block
+      options: {block_schedule: [[0, 1], [0.05, 4], [0.1, 32], [0.2, null], [0.8, 32]], times: document}
+
+The choice for long answers of any length, since all that is written is stored, and for causal models, which are near.
+Pitfalls: a step costs the stream twice; nothing behind a block is seen, so that holes can be filled only from the left;
+decode in the blocks that were learned. How long they are is the model's own affair, its visibility; one that has none
+gets `block_length`, one with a schedule those of its end. Published settings:
 
     BD3-LM    {zero_masking: true}, with a noise range (min_noise, max_noise) tuned in training
     SDAR      {times: document}
     LLaDA2    {times: document, weight: none, reduction: masked, min_noise: 0.3, max_noise: 0.8}, from a causal model by
-              {block_schedule: [[0, 1], [0.05, 4], [0.1, 32], [0.2, null], [0.8, 32]]}: warm-up, stable, decay
-
-Source: Arriola et al., BD3-LM, arXiv:2503.09573, equation 5 and section 3.2; clipped noise: section 5.2.
+              a schedule like the one above: warm-up, stable, decay
 """
 
 from __future__ import annotations

@@ -1,12 +1,27 @@
-"""The masked-diffusion objective: a weighted cross-entropy that bounds -log p(answer | prompt, image).
+"""The masked objective: some tokens of an answer are hidden, and what they are is said from all the others.
 
-Each answer draws a time t; each of its tokens is hidden with probability 1 - alpha(t); the model fills in what is
-hidden. With `weight: elbo` and the reduction "tokens" this is a bound, tight for exact conditionals
-(tests/objectives/test_masked.py); the other weights and reductions are those of published systems.
+    corruption   each answer draws a time t; each of its tokens becomes the mask with probability 1 - alpha(t)
+    visibility   full, or prefix (what is given does not see the answer, so that it is computed once and exactly)
+    target       the hidden tokens; a causal model that begins here keeps its shift (`anneal_steps`: DiffuLLaMA)
+    weight       -alpha' / (1 - alpha), 1/t for linear: with the reduction "tokens" a bound on -log p(answer | prompt,
+                 image), tight for exact conditionals (tests/objectives/test_truths.py); or those of published systems
+    sampler      any number of tokens a call, in any order, by what is sure (`samplers.absorbing`); infill, rank
+    paper        MDLM arXiv:2406.07524, equation 11; LLaDA arXiv:2502.09992; complementary views: LaViDa,
+                 arXiv:2505.16839, section 3.2; cart: Dream, arXiv:2508.15487
 
-Source: Sahoo et al., MDLM, arXiv:2406.07524, equation 11; the linear schedule gives LLaDA's 1/t (arXiv:2502.09992).
-Complementary views: LaViDa, arXiv:2505.16839, section 3.2. Time: t = 0 is clean, t = 1 is noise.
-Shapes: B rows, L tokens, N hidden tokens, V vocabulary.
+    model: {backbone: Qwen/Qwen2.5-0.5B, shift: true}
+    data: data_configs/scenes.yaml
+    objective:
+      name: masked
+      options: {anneal_steps: 0.1, complementary: true, reduction: masked, weight: none}
+
+The choice for short answers that are to be filled in, checked and ranked as well as written, in few calls (`confidence`
+lowers their number further). Pitfalls: without prefix visibility nothing is computed once; a canvas has a length before
+its text is known (end tokens pad answers: `answer_lengths`, `further_ends` of the processor); weights 1/t have a large
+variance, which `complementary` and a range of noise lower, the latter at the price of the bound; and published
+reductions are not interchangeable.
+
+Time: t = 0 is clean, t = 1 is noise. Shapes: B rows, L tokens, N hidden tokens, V vocabulary.
 """
 
 from __future__ import annotations
