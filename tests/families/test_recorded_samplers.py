@@ -73,7 +73,7 @@ def test_bd3lms_first_hitting_sampler_is_the_loop_with_its_numbers(monkeypatch: 
     forward = pipe.model.forward
     monkeypatch.setattr(process, "_draw", their_order)
     monkeypatch.setattr(reading, "draw", lambda scores, *_: race(scores.double().softmax(-1), noise))
-    monkeypatch.setattr(pipe.model, "forward", lambda **given: times.append(given["time"]) or forward(**given))
+    monkeypatch.setattr(pipe.model, "forward", lambda **given: times.append(given["time"][:, -1]) or forward(**given))
     options = {"schedule": "first_hitting", "max_new_tokens": 15, "top_p": 1.0, "eos_token_id": [], "use_cache": False}
     found = pipe.generate(tokens[:, :1], generator=0, **options)
     assert torch.equal(found.sequences, tokens)
