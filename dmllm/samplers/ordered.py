@@ -63,7 +63,8 @@ class OrderedPredictor:
         rank = torch.where(known, self._rank, self._next() + torch.arange(stream.length, device=ids.device))
         window = self._window(known | fed if stream.cache is None else fed)
         asked = asked + stream.lengths[:, None]
-        logits = stream.feed(ids, *window, asked, canvas.time.repeat(stream.copies), order=(rank, known))
+        clean = torch.zeros_like(rank[:, 0], dtype=torch.float32)  # there is no noise, whatever is known
+        logits = stream.feed(ids, *window, asked, clean, order=(rank, known))
         return guided(logits, self.cfg_scale)
 
     def _advance(self, ids: Tensor, known: Tensor) -> Tensor:
