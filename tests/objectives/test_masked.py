@@ -256,3 +256,31 @@ def test_padding_as_one_keeps_end_tokens_of_other_documents_apart():
     labels = torch.tensor([[5, 2, 2, 2, 6, 2]])
     assert padding_as_one(labels, torch.tensor([[0, 0, 1, 1, 2, 2]]), 2).tolist() == [[1, 1, 1, 1, 1, 1]]
     assert padding_as_one(labels, torch.tensor([[0, 0, 0, 0, 1, 1]]), 2).tolist() == [[1, 1, 0.5, 0.5, 1, 1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"complementary": True, "reduction": "answer_length"}, {"weight": "cart"}])
+@pytest.mark.parametrize("visibility", ["full", "prefix"])
+def test_packed_conversations_score_what_they_score_alone(visibility, options):
+    """Two of 7 and 5 tokens in one row with padding: the same hidden tokens cost the same."""
+    torch.manual_seed(0)
+    backbone = Transformer(TransformerConfig(vocab_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    backbone.initialise()
+
+    def model(*, input_ids, positions, visibility, rows, **_):
+        hidden = backbone(backbone.embed(input_ids), positions, visibility).hidden
+        return SimpleNamespace(logits=backbone.unembed(gather_rows(hidden, rows)))
+
+    ids, hidden, time = torch.randint(0, 2, (1, 14)), torch.rand(1, 14) < 0.6, torch.rand(1, 14) * 0.8 + 0.1
+    documents = torch.tensor([[0] * 7 + [1] * 5 + [PADDING] * 2])
+    together = replace(batch_of(ids, documents=documents), positions=torch.tensor([[*range(7), *range(5), 0, 0]]))
+    together.labels[:, [0, 1, 7, 12, 13]] = IGNORE
+    hidden &= together.labels != IGNORE
+    learned = build_objective("masked", options, SPECIAL, visibility)
+    whole = learned.loss(model, learned.corrupt(together, hidden, time))["masked"]
+    parts = []
+    for span in (slice(0, 7), slice(7, 12)):
+        alone = replace(batch_of(ids[:, span]), labels=together.labels[:, span])
+        parts.append(learned.loss(model, learned.corrupt(alone, hidden[:, span], time[:, span]))["masked"])
+    assert float(whole.total) == pytest.approx(float(sum(part.total for part in parts)), rel=1e-5)
+    assert float(whole.count) == float(sum(part.count for part in parts))
