@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 UV = $(shell command -v uv || echo .tools/bin/uv)
 THREADS = OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo tiny test test-all test-min lint bench lock clean
+.PHONY: setup demo tiny test test-all test-min lint bench compare lock clean
 
 setup: $(VENV)/.installed
 
@@ -63,6 +63,12 @@ bench: setup
 	@$(THREADS) $(BIN)/python -m benchmarks.memory
 	@$(THREADS) $(BIN)/python -m benchmarks.batch
 	@$(BIN)/python -m dmllm.evaluation.bench
+
+# Paradigms side by side on text, three seeds of each: within the hour on two cores, and it may be stopped and repeated.
+# ARGS=--short is done in minutes, to see that it runs; ONLY= compares all of eval/suites/paradigms.yaml, in hours.
+ONLY = --studies text repetition --only autoregressive masked "block of 4" mlm
+compare: setup
+	@$(THREADS) $(BIN)/dmllm compare eval/suites/paradigms.yaml --out runs/compare$(if $(findstring --short,$(ARGS)),-short) $(ONLY) $(ARGS)
 
 # New pins from the ranges in pyproject.toml: names and versions only.
 lock:

@@ -150,6 +150,26 @@ def evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     print(f"report: {report}")
 
 
+def compare(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Train and measure several paradigms side by side, and write a report."""
+    import logging
+
+    from dmllm.evaluation.comparison.config import read_comparison
+    from dmllm.evaluation.comparison.driver import compare as run
+    from dmllm.evaluation.comparison.report import REPORT, SUMMARY, write_into, write_report
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dmllm.evaluation").setLevel(logging.INFO)
+    config = read_comparison(
+        arguments.suite, rest, short=arguments.short, only=arguments.only, studies=arguments.studies
+    )
+    out = Path(arguments.out or f"runs/compare/{Path(arguments.suite).stem}{'-short' if arguments.short else ''}")
+    write_report(run(config, out), config, out)
+    if arguments.page:
+        write_into(arguments.page, out / SUMMARY)
+    print(f"report: {out / REPORT}")
+
+
 def data_make(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Write a built-in data set as LLaVA JSON and PNG."""
     from dmllm.data.builtin import make
@@ -239,6 +259,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--run", dest="run_folder", help="folder of the training run whose loss curve the report shows")
     p.add_argument("--device")
+
+    p = command("compare", compare, passes_on=True)
+    p.add_argument("suite", help="a comparison such as eval/suites/paradigms.yaml; --a.b=c overrides it")
+    p.add_argument("--out", help="folder for runs, results and report")
+    p.add_argument("--short", action="store_true", help="what the file calls short: minutes, to see that it runs")
+    p.add_argument("--only", nargs="+", default=[], help="only these paradigms")
+    p.add_argument("--studies", nargs="+", default=[], help="only these studies")
+    p.add_argument("--page", help="a Markdown page whose results part is written anew, such as docs/paradigms.md")
 
     data = group("data", "make and check data sets")
     p = command("make", data_make, under=data)

@@ -13,6 +13,7 @@ from dmllm.evaluation.tasks import BadRecord, Question, read_task, templated
 from tests.evaluation.fake import words, write_llava
 
 SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.yaml"))
+SUITES = [path for path in SUITES if path.stem != "paradigms"]  # a comparison: tests/evaluation/test_comparison.py
 
 
 def read(tmp_path, on_error="raise", **settings):
