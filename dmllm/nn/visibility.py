@@ -104,7 +104,8 @@ class Visibility:
 
     @staticmethod
     def cat(*parts: Visibility) -> Visibility:
-        """Streams laid one after another along the length, by the rule alone."""
+        """Streams laid one after another along the length, which no mask over places narrows."""
+        assert all(p.extra is None for p in parts)
         return Visibility(*(torch.cat(c, 1) for c in zip(*(p.columns[:3] for p in parts), strict=True)))
 
 
