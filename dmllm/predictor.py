@@ -30,7 +30,7 @@ from dmllm.samplers.constraint import Constraint
 from dmllm.samplers.denoise import denoise
 from dmllm.samplers.estimate import estimate
 from dmllm.samplers.likelihood import chain_rule, draw_views, likelihood
-from dmllm.samplers.ordered import OrderedPredictor, check_ordered, draw_ranks, order_values
+from dmllm.samplers.ordered import OrderedPredictor, at_most, check_ordered, draw_ranks, order_values
 from dmllm.samplers.policy import CachePolicy
 from dmllm.samplers.process import Predict
 from dmllm.samplers.speculate import SPECULATIVE
@@ -102,7 +102,8 @@ def prepare(
         alone = (config.sub_block_length or config.block_length) if config.sub_block_cache else None
         return BlockPredictor(stream, canvas, cfg_scale=scale, sub_block_length=alone, behind=first), canvas, config
     if kind == ORDERED:
-        return OrderedPredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft), canvas, config
+        masks = {"cfg_masks_draft": config.cfg_masks_draft, "most": at_most(config)}
+        return OrderedPredictor(stream, cfg_scale=scale, **masks), canvas, config
     canvas = replace(canvas, space=getattr(model, "space", None))
     opened = {"block_length": config.block_of(length), "blocks_ahead": config.blocks_ahead}
     predict = WholePredictor(stream, cfg_scale=scale, cfg_masks_draft=config.cfg_masks_draft, **opened)

@@ -38,10 +38,14 @@ class OrderedPredictor:
         stream: the requests; with a cache, the prompts are computed here, once.
         cfg_scale: guidance, 0 for none.
         cfg_masks_draft: whether it leaves out what was given on the canvas too.
+        most: how many tokens a call makes known at most (`at_most`); None is all.
     """
 
-    def __init__(self, stream: Stream, *, cfg_scale: float = 0.0, cfg_masks_draft: bool = False):
-        self.stream, self.cfg_scale, self._masks_draft = stream, cfg_scale, cfg_masks_draft
+    def __init__(
+        self, stream: Stream, *, cfg_scale: float = 0.0, cfg_masks_draft: bool = False, most: int | None = None
+    ):
+        self.stream, self.cfg_scale, self._masks_draft, self._most = stream, cfg_scale, cfg_masks_draft, most
+        self._begun = False  # whether what was given on the canvas has been fed
         shape = len(stream.lengths), stream.length
         self._rank = torch.full(shape, UNKNOWN, device=stream.lengths.device)  # when a token became known
         self._ids = torch.zeros_like(self._rank)  # as they were fed last
@@ -61,7 +65,8 @@ class OrderedPredictor:
         query = torch.zeros_like(known).scatter_(1, asked, torch.ones_like(asked, dtype=torch.bool)) & ~known
         fed = query | self._advance(ids, known)
         rank = torch.where(known, self._rank, self._next() + torch.arange(stream.length, device=ids.device))
-        window = self._window(known | fed if stream.cache is None else fed)
+        window = self._window(known | fed if stream.cache is None else fed, rows.shape[1])
+        self._begun = True
         asked = asked + stream.lengths[:, None]
         clean = torch.zeros_like(rank[:, 0], dtype=torch.float32)  # there is no noise, whatever is known
         logits = stream.feed(ids, *window, asked, clean, order=(rank, known))
@@ -82,9 +87,9 @@ class OrderedPredictor:
         """A rank beyond all there are, [B, 1]."""
         return self._rank.amax(1, keepdim=True) + 1
 
-    def _window(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The places of what is `chosen` [B, N] of the canvas and, without a cache, of the prompts, ascending: [B, W],
-        and which of them are real."""
+    def _window(self, chosen: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+        """The places of what is `chosen` [B, N] of the canvas, of which so many are asked for, and, without a cache, of
+        the prompts, ascending: [B, W], and which of them are real."""
         stream = self.stream
         places = torch.arange(stream.given + stream.length, device=chosen.device)
         column = places - stream.lengths[:, None]
@@ -94,10 +99,20 @@ class OrderedPredictor:
         if not stream.static:
             width = int(chosen.sum(1).max())
         elif stream.cache is not None:
-            width = stream.length
+            beside = self._most if self._begun and self._most is not None else stream.length
+            width = min(queries + beside, stream.length)
         places = chosen.long().argsort(dim=1, descending=True, stable=True)[:, :width]
         real = chosen.gather(1, places)
         return torch.where(real, places, chosen.shape[1]), real
+
+
+def at_most(config: DecodeConfig) -> int | None:
+    """How many tokens a call makes known, where that does not depend on what the model says; else None."""
+    length = config.max_new_tokens
+    calls = config.calls_per_block(length)
+    if calls is None or (config.sub_block_length or length) < length:
+        return None
+    return config.num_to_transfer or -(-config.block_of(length) // calls)
 
 
 def check_ordered(config: DecodeConfig) -> None:

@@ -36,6 +36,7 @@ SETTINGS = [
     {"steps": 5, "schedule": "time", "remasking": "origin", "remdm": "rescale", "eta": 0.8, "temperature": 1.0},
     {"steps": 11, "schedule": "time", "remasking": "origin", "remdm": "conf", "temperature": 1.0, "cfg_scale": 0.3},
     {"threshold": 0.1, "kl_threshold": 0.5, "kl_history_length": 1},
+    {"num_to_transfer": 3, "block_length": 4, "max_new_tokens": 12, "remasking": "random"},
 ]
 
 
@@ -76,9 +77,12 @@ def test_a_gpus_loop_finds_the_tokens_of_a_cpus(pipe: Pipeline, options: dict, m
         monkeypatch.setattr(module, "is_static", lambda device: True)
     monkeypatch.setattr(dmllm.samplers.stream, "Graphed", Replayed)
     monkeypatch.setattr(dmllm.samplers.ahead, "Flag", Late)
-    static = pipe.generate(*prompts(), generator=seeds(), **options)
+    static, calls = watched(pipe, **options)
     assert torch.equal(plain.sequences, static.sequences)
     assert torch.equal(plain.num_forwards, static.num_forwards)
+    if options.get("remasking") == "random":
+        count = options.get("num_to_transfer", 1)
+        assert {rows for rows, _ in calls[2:]} == {2 * count}, "what became known last, and what comes next"
 
 
 def training_says(model: MultimodalModel, ids: torch.Tensor, prompt: int, order: list[int]) -> float:
