@@ -23,7 +23,7 @@ def act(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmllm.samplers.ahead, "Flag", Late)
 
 
-@pytest.mark.parametrize("kind", ["full", "prefix"])
+@pytest.mark.parametrize("kind", ["full", "prefix", "permutation"])
 def test_holes_are_filled_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, pictures = make(kind), [picture(0), None, [picture(1), picture(2)]]
     options = {"temperature": 0.7, "block_length": 4, "cfg_scale": 0.3, "num_samples": 4}
@@ -37,7 +37,7 @@ def test_holes_are_filled_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["aligned", "shifted"])
-@pytest.mark.parametrize("kind", ["full", "prefix", "causal", "block:1", "block:4"])
+@pytest.mark.parametrize("kind", ["full", "prefix", "causal", "block:1", "block:4", "permutation"])
 def test_answers_are_scored_alike(kind: str, shift: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, answer = bare(kind, shift), [7, 8, 9, 10, 11, 12, 13]
     plain = values(pipe, answer, count=32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dmllm.config import keys_of, refuse_unknown
-from dmllm.nn.visibility import check_layout
+from dmllm.nn.visibility import ORDERED, check_layout
 from dmllm.registry import Table
 from dmllm.types import SpecialTokens
 
@@ -18,6 +18,7 @@ OBJECTIVES = Table(
         "mlm": "dmllm.objectives.mlm:MLM",
         "permutation": "dmllm.objectives.permutation:PERMUTATION",
         "uniform": "dmllm.objectives.uniform:UNIFORM",
+        "score_entropy": "dmllm.objectives.score_entropy:SCORE_ENTROPY",
         "insertion": "dmllm.objectives.insertion:INSERTION",
         "continuous": "dmllm.objectives.continuous:CONTINUOUS",
     },
@@ -48,7 +49,9 @@ def requirements(name: str | None, options: dict[str, Any], visibility: str) -> 
 
 
 def fitting_objective(visibility: str) -> str:
-    """block for a model that denoises block after block, else masked."""
+    """permutation for a model that knows every order, block for one that denoises block after block, else masked."""
+    if visibility == ORDERED:
+        return "permutation"
     return "masked" if check_layout(visibility) is None else "block"
 
 

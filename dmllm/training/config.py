@@ -14,10 +14,10 @@ class ObjectiveConfig:
     """What is learned, by name."""
 
     name: str | None = None
-    """masked, block, or the path of your own: package.module:PAIR; null is block for a model whose visibility is
-    block:N, else masked."""
+    """A name of `objectives.OBJECTIVES` (masked, block, autoregressive, mlm, permutation, uniform, ...), or the path of
+    your own: package.module:PAIR; null is block or permutation for a model of such a visibility, else masked."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The objective's own fields: those of `objectives.masked.MaskedConfig` or `objectives.block.BlockConfig`."""
+    """The objective's own fields, e.g. those of `objectives.masked.MaskedConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)

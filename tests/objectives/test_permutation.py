@@ -254,6 +254,7 @@ def test_the_rule_is_that_of_two_stream_attention():
 
 
 def test_what_does_not_fit_is_refused_and_a_model_is_told_how_it_will_be_read():
+    assert type(build_objective(None, {}, SPECIAL, "permutation")).__name__ == "Permutation"
     assert requirements("permutation", {}, "full") == {"visibility": "permutation", "shift": False}
     for visibility in ("block:4", "causal"):
         with pytest.raises(ValueError, match=r"set model.visibility=permutation"):
