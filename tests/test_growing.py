@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dmllm.samplers.ahead
+import dmllm.samplers.denoise
+import dmllm.samplers.insertion
+import dmllm.samplers.stream
 from dmllm.data.holes import parse
 from dmllm.pipeline import Pipeline
+from tests.samplers.test_ahead import Late
 from tests.test_pipeline import make, picture
 
 TEXTS = ["A [MASK:*] is left of [MASK:*].", "a[MASK:2]b[MASK:*]", "[MASK:*]", "so [MASK:*] it is"]
@@ -62,6 +67,25 @@ def test_what_is_fixed_stays_and_holes_take_what_they_need(pipeline, options):
     assert len(set(lengths)) > 2, lengths
     for text, messages, pictures, found in zip(TEXTS, MESSAGES, PICTURES, together, strict=True):
         assert pipeline.infill(text, messages, pictures, **options) == found
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: "-".join(map(str, o)) or "greedy")
+def test_shapes_that_do_not_depend_on_data_change_nothing(pipeline, options, monkeypatch):
+    """As on a GPU, where every place is asked for and the host is told late."""
+    options = {**options, "max_new_tokens": 10, "generator": 3}
+    asked = ["what?", "and this, what is it?", "so"], [None, picture(1), None]
+    plain = pipeline.chat(*asked, **options), pipeline.infill(TEXTS, MESSAGES, PICTURES, **options)
+    for module in (dmllm.samplers.stream, dmllm.samplers.denoise, dmllm.samplers.insertion):
+        monkeypatch.setattr(module, "is_static", lambda device: True)
+    monkeypatch.setattr(dmllm.samplers.ahead, "Flag", Late)
+    assert (pipeline.chat(*asked, **options), pipeline.infill(TEXTS, MESSAGES, PICTURES, **options)) == plain
+
+
+def test_an_answer_has_a_likelihood(pipeline):
+    options = {"num_samples": 64, "generator": 0}
+    likely, twice = (pipeline.score([[5, 6, 7]], [[9, 10, 11]], **options, batch_size=size) for size in (64, 5))
+    assert float(likely) == pytest.approx(float(twice), abs=1e-3)
+    assert float(likely) < 0
 
 
 def test_steps_are_calls(pipeline):

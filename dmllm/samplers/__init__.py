@@ -10,7 +10,7 @@ PROCESSES = Table(
     {
         "absorbing": "dmllm.samplers.absorbing:ABSORBING",
         "uniform": "dmllm.samplers.uniform:uniform",
-        "insertion": "dmllm.samplers.insertion:INSERTION",
+        "insertion": "dmllm.samplers.insertion:process",
         "gaussian": "dmllm.samplers.gaussian:GAUSSIAN",
     },
 )

@@ -8,7 +8,7 @@ import torch
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.denoise import denoise
-from dmllm.samplers.insertion import INSERTION, begin, insert
+from dmllm.samplers.insertion import INSERTION, begin, insert, log_likelihood
 from tests.exact import Strings, generators, quantile
 
 M = 9  # the mask token of canvases that are written down here
@@ -73,6 +73,16 @@ def test_in_few_calls_they_do_not(strings):
     seen = torch.bincount(torch.tensor([len(text) for text in drawn]), minlength=9) / len(drawn)
     truth = torch.stack([strings.probs[[len(t) == n for t in strings.texts]].sum() for n in range(4)])
     assert float((seen[:4] - truth).abs().sum()) > 0.1
+
+
+def test_the_likelihood_is_on_average_that_of_the_texts():
+    strings = Strings(vocab=2, longest=3)
+    said = [
+        [float(log_likelihood(strings, torch.tensor(text), *generators(seed), 1500, 500, mask_id=2)) for seed in (1, 2)]
+        for text in strings.texts
+    ]
+    mean = float((strings.probs * torch.tensor(said, dtype=torch.float64).mean(1)).sum())
+    assert mean == pytest.approx(-strings.entropy, abs=0.06)
 
 
 def test_a_text_with_holes_is_completed_as_its_texts_are(strings):
