@@ -18,8 +18,8 @@ from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.constraint import Constraint, Guided
 from dmllm.samplers.denoise import denoise
 from dmllm.samplers.language import choices, regex
+from tests.exact import quantile
 from tests.samplers.table import NoiseModel, generators
-from tests.samplers.test_denoise import quantile
 
 SMALL: list[bytes | None] = [b"a", b"b", b"ab", None, None]
 END, MASK = 3, 4
