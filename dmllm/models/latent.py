@@ -169,20 +169,19 @@ class Latent(nn.Module):
         """Hidden rows [..., D] -> x-hat [..., d]."""
         if self.leave_proj is not None:
             return self.leave_proj(hidden)
-        return self.x_hat(backbone.unembed(hidden))
+        return self.x_hat(backbone.unembed(hidden), self.vectors())
 
-    def x_hat(self, said: Tensor) -> Tensor:
-        """[..., d], of what a call has said: x-hat itself, or logits [..., V]."""
-        return said.float() if self.config.regresses else said.float().softmax(-1) @ self.vectors()
+    def x_hat(self, said: Tensor, vectors: Tensor) -> Tensor:
+        """[..., d], of what a call has said: x-hat itself, or logits [..., V]. `vectors` [V, d] are the space's."""
+        return said.float() if self.config.regresses else said.float().softmax(-1) @ vectors
 
-    def scores(self, x: Tensor) -> Tensor:
+    def scores(self, x: Tensor, vectors: Tensor) -> Tensor:
         """Logits [..., V] of the token that a vector [..., d] is: of its distances, as under noise of variance 1."""
-        vectors = self.vectors()
         return x.float() @ vectors.T - vectors.square().sum(-1) / 2
 
-    def read(self, said: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, said: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """What a call has said, x-hat or logits, as both: x-hat [..., d] and logits [..., V]."""
-        return self.x_hat(said), self.scores(said) if self.config.regresses else said.float()
+        return self.x_hat(said, vectors), self.scores(said, vectors) if self.config.regresses else said.float()
 
     def level(self, t: Tensor, places: Tensor) -> Level:
         """How noisy things are at times t [...] and `places` [...] within the answer, where these have their own."""

@@ -12,7 +12,7 @@ Shapes: B rows, L stream rows, T image tiles, N rows of one tile, D hidden, V vo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +173,7 @@ class MultimodalModel(PreTrainedModel):
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         heads: Mapping[str, Tensor] | None = None,
-        latents: Tensor | None = None,
+        latents: Tensor | Callable[[Any], Tensor] | None = None,
         latent_rows: Tensor | None = None,
         feedback: Tensor | None = None,
         feedback_rows: Tensor | None = None,
@@ -194,7 +194,8 @@ class MultimodalModel(PreTrainedModel):
                 denoised (all of them, if that is not said either).
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
             heads: by name, the rows (as `rows`) at which further heads are asked, which read what logits are made of.
-            latents: [B, L, F], what stands in place of tokens where `latent_rows` [B, L] (see `enter`).
+            latents: [B, L, F], what stands in place of tokens where `latent_rows` [B, L] (see `enter`); or what makes
+                it of the model's `space`, here, where weights that several processes share are whole.
             feedback: logits of an earlier call, for a model that hears them: of the flat `feedback_rows` [M] of B * L,
                 [M, V], none where these are -1; or without them of all rows, [B, L, V].
             following: ask for the token behind each of the rows, which need not be fed: where `shift` says that a row
@@ -207,7 +208,8 @@ class MultimodalModel(PreTrainedModel):
             inputs_embeds = self.embed(input_ids, image_slots, image_features)
         if latents is not None:
             assert latent_rows is not None, "latents need latent_rows"
-            inputs_embeds = torch.where(latent_rows[..., None], self.enter(latents), inputs_embeds)
+            made = latents if isinstance(latents, Tensor) else latents(self.space)
+            inputs_embeds = torch.where(latent_rows[..., None], self.enter(made), inputs_embeds)
         if feedback is not None:
             inputs_embeds = self.hear(inputs_embeds, feedback, feedback_rows)
         positions, visibility = self._defaults(inputs_embeds, attention_mask, documents, positions, canvas, visibility)

@@ -142,6 +142,16 @@ class Noised:
     step: int
 
 
+class _Seen:
+    """What a call was made on; vectors are the model's, and known within the call alone."""
+
+    t: Tensor  # [N]
+    vectors: Tensor  # [V, d]
+    x: Tensor  # [N, d], the targets' own
+    clean: Tensor  # [N, d], what was noised: x, or x with the noise of the chain's first time
+    scores: Tensor  # [N, V], what clean is rounded to; of diffuseq
+
+
 class Continuous:
     """Embedding diffusion as two steps: draw the noise, then score a model on it."""
 
@@ -192,60 +202,56 @@ class Continuous:
 
     def loss(self, model: Callable[..., Any], noised: Noised) -> dict[str, LossSum]:
         """The losses before division."""
-        config, targets = self.config, noised.targets
+        config, weights = self.config, noised.weights
         space = getattr(model, "module", model).space  # of the model within what wraps it for several processes
         if config.adaptive and space.training:
             space.chains.refit(noised.step, config.stride)
-        x = F.embedding(targets, space.vectors())  # [N, d]
-        t, clean = noised.time.flatten()[noised.rows], x
-        if config.form == "diffuseq":
-            clean = x + space.level(torch.full_like(t, 1 / config.steps), noised.places).noise[:, None] * noised.start
-        z = space.level(t, noised.places).mix(clean, noised.noise)
-        x_hat = torch.zeros_like(z)
+        x_hat = torch.zeros_like(noised.noise)
         if config.often:  # in every process, whomever it is shown to
             with torch.no_grad():
-                first = space.x_hat(self._said(model, space, noised, z, x_hat))
-            x_hat = torch.where(noised.feedback[:, None], first, x_hat)
-        said = self._said(model, space, noised, z, x_hat)
+                said, seen = self._said(model, space, noised, x_hat)
+                x_hat = torch.where(noised.feedback[:, None], space.x_hat(said, seen.vectors), x_hat)
+        said, seen = self._said(model, space, noised, x_hat)
         if config.form == "flow":
-            sums = {"tokens": weighted_cross_entropy(said, targets, noised.weights, noised.counts["tokens"]).total}
+            sums = {"tokens": weighted_cross_entropy(said, noised.targets, weights, noised.counts["tokens"]).total}
             if config.velocity:
-                error = (space.x_hat(said) - x).square().mean(-1) / t.clamp(min=LEAST).square()
-                sums["velocity"] = (error * noised.weights).sum()
+                error = (space.x_hat(said, seen.vectors) - seen.x).square().mean(-1)
+                sums["velocity"] = (error / seen.t.clamp(min=LEAST).square() * weights).sum()
         else:
-            sums = self._regression(space, noised, said, x, clean, t)
+            wanted = torch.where((seen.t <= 1 / config.steps)[:, None], seen.x, seen.clean)
+            errors = (wanted - said.float()).square().mean(-1)
+            if config.adaptive and space.training:
+                space.chains.remember(seen.t, noised.places, errors.detach())
+            left = space.level(torch.ones_like(seen.t), noised.places).signal[:, None] * seen.clean
+            rounded = weighted_cross_entropy(seen.scores, noised.targets, weights, noised.counts["rounding"]).total
+            sums = {"mse": (errors * weights).sum(), "rounding": rounded}
+            sums["prior"] = (left.square().mean(-1) * weights).sum()
         return {name: LossSum(total=total, count=noised.counts[name]) for name, total in sums.items()}
 
-    def _regression(
-        self, space: Any, noised: Noised, said: Tensor, x: Tensor, clean: Tensor, t: Tensor
-    ) -> dict[str, Tensor]:
-        """DiffuSeq's three sums: of the vectors' errors, of rounding them, and of what noise leaves of them."""
-        config, weights = self.config, noised.weights
-        wanted = torch.where((t <= 1 / config.steps)[:, None], x, clean)
-        errors = (wanted - said.float()).square().mean(-1)
-        if config.adaptive and space.training:
-            space.chains.remember(t, noised.places, errors.detach())
-        left = space.level(torch.ones_like(t), noised.places).signal[:, None] * clean
-        count = noised.counts["rounding"]
-        return {
-            "mse": (errors * weights).sum(),
-            "rounding": weighted_cross_entropy(space.scores(clean), noised.targets, weights, count).total,
-            "prior": (left.square().mean(-1) * weights).sum(),
-        }
+    def _said(self, model: Callable[..., Any], space: Any, noised: Noised, x_hat: Tensor) -> tuple[Tensor, _Seen]:
+        """What the model says of the noised rows, x-hat [N, d] or logits [N, V], shown an earlier `x_hat` [N, d]; and
+        what was noised."""
+        config, shape, rows, seen = self.config, noised.time.shape, noised.rows, _Seen()
 
-    def _said(self, model: Callable[..., Any], space: Any, noised: Noised, z: Tensor, x_hat: Tensor) -> Tensor:
-        """What the model says of the noised rows, x-hat [N, d] or logits [N, V]."""
-        shape, rows = noised.time.shape, noised.rows
-        own = torch.cat([z, x_hat], -1)[:, : space.features]
-        latents = own.new_zeros(shape.numel(), own.shape[-1]).index_copy(0, rows, own)
+        def latents(space: Any) -> Tensor:
+            seen.vectors, seen.t = space.vectors(), noised.time.flatten()[rows]
+            seen.x = seen.clean = F.embedding(noised.targets, seen.vectors)
+            if config.form == "diffuseq":
+                barely = space.level(torch.full_like(seen.t, 1 / config.steps), noised.places).noise
+                seen.clean = seen.x + barely[:, None] * noised.start
+                seen.scores = space.scores(seen.clean, seen.vectors)
+            z = space.level(seen.t, noised.places).mix(seen.clean, noised.noise)
+            own = torch.cat([z, x_hat], -1)[:, : space.features]
+            return own.new_zeros(shape.numel(), own.shape[-1]).index_copy(0, rows, own).view(*shape, -1)
+
         there = torch.zeros(shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
-        soft = {"latents": latents.view(*shape, -1), "latent_rows": there.view(shape)}
+        soft = {"latents": latents, "latent_rows": there.view(shape)}
         if space.head is None:
-            return forward(model, noised.batch, noised.visibility, rows, noised.time, **soft).logits
+            return forward(model, noised.batch, noised.visibility, rows, noised.time, **soft).logits, seen
         output = forward(
             model, noised.batch, noised.visibility, rows[:0], noised.time, **soft, heads={space.head: rows}
         )
-        return output.heads[space.head] + 0 * output.logits.sum()  # so that every weight has a gradient
+        return output.heads[space.head] + 0 * output.logits.sum(), seen  # so that every weight has a gradient
 
     def _times(self, batch: Batch, draws: Draws) -> Tensor:
         """Times stratified over the whole step, one for each document: [B, L]."""

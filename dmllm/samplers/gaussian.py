@@ -115,10 +115,11 @@ def advance(
     t, s = 1 - canvas.calls / steps, 1 - (canvas.calls + 1) / steps
     canvas = replace(canvas, time=t)
     said = predict(canvas, places) if space.head is None else predict.said_by(canvas, places, space.head)
-    x_hat, scores = space.read(_never(said, canvas, config) if space.head is None else said)
+    vectors = space.vectors()
+    x_hat, scores = space.read(_never(said, canvas, config) if space.head is None else said, vectors)
     tokens = _never(scores, canvas, config).argmax(-1)
     if how.clamp:
-        x_hat = F.embedding(tokens, space.vectors())
+        x_hat = F.embedding(tokens, vectors)
     t, s = (time[:, None].expand_as(places) for time in (t, s))
     now, then = space.level(t, places), space.level(s, places)
     if how.sampler == "ddpm":

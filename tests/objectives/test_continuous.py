@@ -13,6 +13,7 @@ from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.objectives import build_objective, requirements
 from dmllm.objectives.draws import Draws
+from dmllm.pipeline import Pipeline
 from dmllm.types import IGNORE, PADDING, Batch, SpecialTokens
 
 MASK, WORDS = 11, 12
@@ -58,6 +59,7 @@ class Spied:
         self.model, self.space, self.calls, self.truth = model, model.space, [], truth
 
     def __call__(self, **given):
+        given["latents"] = given["latents"](self.space)
         self.calls.append(given)
         output = self.model(**given)
         if self.truth == "alike":
@@ -155,7 +157,7 @@ def test_the_sums_of_diffuseq_are_what_their_names_say():
     assert means["prior"] < 1e-6
     logits = -torch.cdist(clean, model.space.vectors()).square() / 2
     assert means["rounding"] == pytest.approx(
-        float(torch.nn.functional.cross_entropy(logits, noised.targets)), abs=1e-5
+        float(torch.nn.functional.cross_entropy(logits, noised.targets).detach()), abs=1e-5
     )
     off = objective.loss(Spied(model, truth=clean + 0.5), noised)["mse"]
     assert float(off.total / off.count) == pytest.approx(0.25, rel=1e-4)
@@ -318,3 +320,54 @@ def test_options_that_say_nothing_are_refused(options, message):
 def test_a_model_of_blocks_is_refused():
     with pytest.raises(ValueError, match=r"model\.visibility=full"):
         requirements("continuous", {}, "block:4")
+
+
+def reversals(rows: int, start: int) -> Batch:
+    """Six words, a separator, and the words from the last to the first."""
+    words = torch.randint(12, 32, (rows, 6), generator=torch.Generator().manual_seed(start))
+    ids = torch.cat([words, torch.full((rows, 1), 9), words.flip(1)], 1)
+    labels = ids.clone()
+    labels[:, :7] = IGNORE
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        image_slots=torch.full_like(ids, -1),
+        documents=torch.zeros_like(ids),
+        positions=torch.arange(13).expand_as(ids),
+        indices=torch.arange(start, start + rows),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "visibility", "steps"),
+    [
+        ({"form": "diffuseq"}, "full", 1500),
+        ({"form": "diffuseq", "adaptive": True, "stride": 150, "positions": 6}, "prefix", 1000),
+        ({"form": "flow"}, "prefix", 1000),
+    ],
+    ids=["diffuseq", "seqdiffuseq", "flow"],
+)
+def test_six_words_are_reversed(options, visibility, steps):
+    """A minute each: more than 90 of 100 texts that were never seen, word for word."""
+    options = {**options, "width": 16}
+    shape = {"vocab_size": 32, "hidden_size": 64, "num_attention_heads": 4}
+    model, objective = tiny(options, visibility, **shape).train(), built(options, visibility)
+    weights = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        for group in weights.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * step / steps)
+        batch = reversals(64, 64 * step)
+        losses = objective.loss(model, objective.prepare(batch, draws_for(batch, step=step, total=64)))
+        loss = torch.stack([objective.coefficients[n] * one.total / one.count for n, one in losses.items()]).sum()
+        weights.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        weights.step()
+    held = reversals(200, 10**6)
+    pipe = Pipeline(model)
+    decode = {"max_new_tokens": 6, "eos_token_id": [], "generator": 0}
+    for sampler, calls in (("ddpm", 16), ("ddim", 4)):
+        out = pipe.generate(held.input_ids[:, :7], steps=calls, gaussian={"sampler": sampler}, **decode)
+        exact = (out.sequences[:, 7:] == held.input_ids[:, 7:]).all(1).float().mean()
+        assert float(exact) > 0.9, (sampler, float(exact))

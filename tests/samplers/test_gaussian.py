@@ -35,10 +35,10 @@ class Space:
     def level(self, t, places):
         return self.schedule.level(t)
 
-    def read(self, said):
+    def read(self, said, vectors):
         if self.head is not None:
-            return said, -torch.cdist(said, self.vectors())
-        return said.float().softmax(-1) @ self.vectors(), said.float()
+            return said, -torch.cdist(said, vectors)
+        return said.float().softmax(-1) @ vectors, said.float()
 
     def logits(self, canvas):
         """Of each place's token, given z everywhere and what is known: [B, N, V and the mask]."""
