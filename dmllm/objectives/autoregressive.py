@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from dmllm.nn.rope import places
 from dmllm.nn.visibility import Visibility, layout
 from dmllm.objectives.draws import Draws
+from dmllm.objectives.forward import forward
 from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, weighted_cross_entropy
 from dmllm.types import IGNORE, Batch, LossSum, SpecialTokens
 
@@ -131,19 +132,8 @@ class Autoregressive:
 
     def loss(self, model: Callable[..., Any], aimed: Aimed) -> dict[str, LossSum]:
         """The losses before division by `counts`: the next token's, and each head's."""
-        batch = aimed.batch
-        output = model(
-            input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
-            image_resizes=batch.image_resizes,
-            image_grids=batch.image_grids,
-            image_slots=batch.image_slots,
-            positions=batch.positions,
-            visibility=aimed.visibility,
-            time=aimed.time,
-            rows=aimed.rows,
-            **({"heads": {HEAD: aimed.near}} if self.config.mtp > 1 else {}),
-        )
+        more = {"heads": {HEAD: aimed.near}} if self.config.mtp > 1 else {}
+        output = forward(model, aimed.batch, aimed.visibility, aimed.rows, aimed.time, **more)
         found = {NEXT: weighted_cross_entropy(output.logits, aimed.targets, aimed.weights, aimed.counts[NEXT])}
         for k in range(1, self.config.mtp):
             target, weight = aimed.further[:, k - 1], aimed.further_weights[:, k - 1]

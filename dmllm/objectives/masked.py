@@ -41,6 +41,7 @@ from dmllm.objectives.anneal import anneal, openness
 from dmllm.objectives.cart import context_adaptive
 from dmllm.objectives.confidence import confidence_loss, number_answers
 from dmllm.objectives.draws import Draws
+from dmllm.objectives.forward import forward
 from dmllm.objectives.loss import REDUCTIONS, normalise, padding_as_one, per_document, weighted_cross_entropy
 from dmllm.objectives.restrict import one_block
 from dmllm.objectives.views import Laid, append_canvas, repeat_batch, show_padding, spread
@@ -219,18 +220,7 @@ class Masked:
 
     def loss(self, model: Callable[..., Any], noised: Noised) -> dict[str, LossSum]:
         """The losses before division; each one's count, of all micro-batches together, is its divisor."""
-        batch = noised.batch
-        logits = model(
-            input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
-            image_resizes=batch.image_resizes,
-            image_grids=batch.image_grids,
-            image_slots=batch.image_slots,
-            positions=batch.positions,
-            visibility=noised.visibility,
-            time=noised.time,
-            rows=noised.rows,
-        ).logits
+        logits = forward(model, noised.batch, noised.visibility, noised.rows, noised.time).logits
         if self.config.zero_masking:
             mask = torch.arange(logits.shape[-1], device=logits.device) == self.special.mask
             logits = logits.masked_fill(mask, -torch.inf)
