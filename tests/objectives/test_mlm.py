@@ -198,6 +198,17 @@ def test_positions_on_three_axes_go_on_from_the_own_question():
     assert torch.equal(deep.positions[1][real], (flat.positions + behind[:, None])[real])
 
 
+def test_pictures_stay_with_their_question():
+    batch = conversations()
+    slots = torch.arange(batch.labels.numel()).view_as(batch.labels).masked_fill(batch.labels != IGNORE, -1)
+    batch = replace(batch, image_slots=slots.masked_fill(batch.documents == PADDING, -1))
+    for step in range(5):
+        swapped, *_ = other_answers(batch, draws_for(batch, step), "answer")
+        for row, question in enumerate(QUESTIONS):
+            assert torch.equal(swapped.image_slots[row, : len(question)], slots[row, : len(question)])
+            assert (swapped.image_slots[row, len(question) :] == -1).all()
+
+
 def test_a_text_without_a_prompt_is_cut_in_two_and_so_is_an_answer_if_asked():
     batch = batch_of([[4, 5, 6, 7, 8, EOS], [10, 11, 12, 13, EOS, EOS]])
     batch.labels[1, 5] = IGNORE  # padding that is not scored goes along with the half that it stands behind

@@ -108,14 +108,6 @@ def test_every_order_of_an_answer_is_as_likely():
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 20.5  # chi-square, 5 degrees of freedom, 99.9 %
 
 
-def test_orders_are_counted_within_each_document_and_padding_has_none():
-    documents = torch.tensor([[PREFIX, 0, 0, 0, 1, 1, PADDING]])
-    chosen = torch.tensor([[False, False, True, True, True, True, False]])
-    key = torch.tensor([[0.0, 0.0, 0.9, 0.1, 0.5, 0.6, 0.0]])
-    assert ranks(key, documents, chosen).tolist() == [[-1, -1, 1, 0, 0, 1, -1]]
-    assert ranks(torch.zeros(1, 7), documents, chosen).tolist() == [[-1, -1, 0, 1, 0, 1, -1]]
-
-
 def test_in_the_order_of_the_text_it_is_the_block_objective_with_blocks_of_one_token():
     """The identity permutation is next-token prediction: for exact conditionals, and for any network."""
     joint = Joint(3, 4, mask=MASK)

@@ -135,6 +135,18 @@ def test_what_the_calls_say_of_the_tokens_is_what_training_says_in_the_same_orde
     assert -float(scored) == pytest.approx(total, rel=1e-4)
 
 
+def test_logits_of_a_canvas_are_those_of_the_first_call_each_place_by_itself(pipe: Pipeline) -> None:
+    ids, canvas = torch.tensor([[5, 6, 7, 49, 49, 49, 49]]), torch.tensor([[False] * 3 + [True] * 4])
+    plain = pipe.logits(ids, canvas=canvas)[:, 3:]
+    said, forward = [], pipe.model.forward
+    pipe.model.forward = lambda **given: said.append(forward(**given)) or said[-1]
+    pipe.generate(ids[:, :3], max_new_tokens=4)
+    del pipe.model.forward
+    torch.testing.assert_close(said[1].logits, plain, atol=1e-5, rtol=0)
+    ids[0, 5] = 11
+    assert torch.equal(pipe.logits(ids, canvas=canvas)[:, [3, 4, 6]], plain[:, [0, 1, 3]]), "no place sees another"
+
+
 @pytest.mark.parametrize("options", [{}, {"cfg_scale": 0.5}, {"use_cache": False}])
 def test_a_score_is_the_mean_of_the_chain_rule_over_orders(pipe: Pipeline, options: dict) -> None:
     """Of all orders if they are given, of random ones if not; no matter how many a call takes."""
