@@ -203,6 +203,14 @@ def fresh(level: Level, which: Tensor, number: Tensor, vocabulary: Vocabulary) -
     return torch.where(masks, vocabulary.mask, draw_words(number, vocabulary))
 
 
+def is_word(vocabulary: Vocabulary, device: torch.device) -> Tensor:
+    """[V] bool: the ids that are not reserved."""
+    words = torch.ones(vocabulary.size, dtype=torch.bool, device=device)
+    for reserved in vocabulary.reserved:
+        words[reserved] = False
+    return words
+
+
 def of_words(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Logits [..., V] of the words alone: those of reserved ids are -inf."""
     kept = logits.clone()

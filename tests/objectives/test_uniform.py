@@ -62,9 +62,9 @@ def mean_loss(objective: Any, model: Any, batch: Batch, name: str = "uniform") -
     return float(loss.total / loss.count)
 
 
-def whole_loss(objective: Any, model: Any, joint: Joint) -> float:
+def whole_loss(objective: Any, model: Any, joint: Joint, name: str = "uniform") -> float:
     """The mean loss over all texts, all that may become of them and all times, with nothing drawn."""
-    if objective.config.bound == "d3pm":
+    if getattr(objective.config, "bound", None) == "d3pm":
         t = torch.arange(1, objective.config.steps + 1, dtype=torch.float64) / objective.config.steps
         weight = torch.full_like(t, 1 / len(t))
     else:
@@ -78,8 +78,8 @@ def whole_loss(objective: Any, model: Any, joint: Joint) -> float:
     there = chance > 0
     batch = batch_of(clean[there])
     found = objective.disturb(batch, noised[there], time[there])
-    found = replace(found, weights=chance[there].repeat_interleave(joint.length))
-    return float(objective.loss(model, found)["uniform"].total) / joint.length
+    found = replace(found, weights=chance[there].repeat_interleave(joint.length)[found.rows])
+    return float(objective.loss(model, found)[name].total) / joint.length
 
 
 BOUNDS = [
