@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
 from dmllm.samplers.config import REMASKING, DecodeConfig
 from dmllm.samplers.constraint import Constraint
+from dmllm.samplers.draws import numbers
 from dmllm.samplers.estimate import Estimate, Heard, estimate
 from dmllm.samplers.process import Predict, Process
 from dmllm.samplers.quota import most, noise_level, quota
@@ -236,16 +237,12 @@ def _draw(
     nothing but the number of its calls. Nothing is drawn for what is not random.
     """
 
-    def numbers(wanted: bool) -> Tensor:
-        if not wanted:
-            return torch.zeros(len(draws), block_length, dtype=torch.float64, device=device)
-        drawn = [torch.rand(block_length, generator=g, dtype=torch.float64, device=g.device) for g in draws]
-        found = torch.stack(drawn)
-        if found.device == device:
-            return found
-        return found.pin_memory().to(device, non_blocking=True)  # so that the host need not wait
+    def own(wanted: bool) -> Tensor:
+        if wanted:
+            return numbers(draws, block_length, device)
+        return torch.zeros(len(draws), block_length, dtype=torch.float64, device=device)
 
-    return numbers(config.draws_tokens), numbers(config.draws_order)
+    return own(config.draws_tokens), own(config.draws_order)
 
 
 ABSORBING = Process(advance, finished, masks=True)
