@@ -3,10 +3,12 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dmllm.diffusion.insertion import GONE, MASKED, SHOWN, orders
 from dmllm.objectives import build_objective, requirements
@@ -17,6 +19,7 @@ from tests.exact import Strings
 STRINGS = Strings(vocab=2, longest=3)
 SPECIAL = SpecialTokens(mask=STRINGS.mask, eos=8, pad=9)
 BOS = 7
+GOLDEN = Path(__file__).parents[1] / "golden" / "flexmdm"
 SCHEDULES = [
     {},
     {"schedule": "cosine"},
@@ -256,3 +259,30 @@ def test_an_answer_without_a_row_in_front_is_refused():
     batch = rows_of([(0, 1)])
     with pytest.raises(ValueError, match="bos"):
         build().prepare(replace(batch, labels=batch.input_ids), draws_for(batch))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "unmask_cosine"])
+def test_states_gaps_and_both_losses_are_those_of_the_authors_code(name):
+    """Recorded from brianlck/FlexMDM 99eb7b7 (interpolant.py, bregman.py), whose time is 1 - t."""
+    told = {k.split(".")[1]: v for k, v in load_file(GOLDEN / "losses.safetensors").items() if k.startswith(f"{name}.")}
+    options = {"linear": {}, "cosine": {"schedule": "cosine"}, "unmask_cosine": {"unmask_schedule": "cosine"}}[name]
+    pad, special = 7, SpecialTokens(mask=6, eos=8, pad=7)
+    objective = build_objective("insertion", options, special, "full")
+    batch = rows_of([tuple(row[row != pad].tolist()) for row in told["x1"]], prompt=(5,))
+    t = told["t"][:, None]
+    states = torch.where(t < told["inserted"], GONE, torch.where(t < told["unmasked"], MASKED, SHOWN))
+    states = torch.nn.functional.pad(states, (1, 0))
+    noised = objective.corrupt(batch, states, (1 - t).expand(states.shape))
+    width = noised.batch.input_ids.shape[1]
+    for ours, real, theirs in zip(noised.batch.input_ids, noised.batch.documents >= 0, told["xt"], strict=True):
+        assert ours[real].tolist() == [5, *theirs[theirs != pad].tolist()]
+    assert noised.missing.tolist() == told["gaps"][told["gap_mask"]].tolist()
+
+    def model(*, rows, heads, **_):
+        said, gaps = heads["insertion"], told["expected"]
+        logits = told["logits"][rows // width, rows % width - 1]
+        return SimpleNamespace(logits=logits, heads={"insertion": gaps[said // width, said % width].log()})
+
+    losses = objective.loss(model, noised)
+    assert float(losses["masked"].total) == pytest.approx(float(told["unmask_loss"]), rel=1e-5)
+    assert float(losses["insertion"].total) == pytest.approx(float(told["insertion_loss"]), rel=1e-4)

@@ -62,35 +62,34 @@ def strings():
 
 @pytest.mark.parametrize("remasking", ["origin", "random"])
 def test_in_many_calls_exact_posteriors_give_the_distribution_of_texts_and_of_their_lengths(strings, remasking):
-    options = {"steps": 64, "temperature": 1.0, "remasking": remasking}
-    drawn = texts(run(strings, Canvas.blank(2500, 5, strings.mask), **options)[-1])
+    options = {"steps": 48, "temperature": 1.0, "remasking": remasking}
+    drawn = texts(run(strings, Canvas.blank(1200, 5, strings.mask), **options)[-1])
     assert chi_square(strings, drawn) < quantile(len(strings.texts) - 1)
 
 
 def test_in_few_calls_they_do_not(strings):
     options = {"steps": 4, "temperature": 1.0, "remasking": "origin"}
-    drawn = texts(run(strings, Canvas.blank(2500, 8, strings.mask), **options)[-1])
+    drawn = texts(run(strings, Canvas.blank(1200, 8, strings.mask), **options)[-1])
     seen = torch.bincount(torch.tensor([len(text) for text in drawn]), minlength=9) / len(drawn)
     truth = torch.stack([strings.probs[[len(t) == n for t in strings.texts]].sum() for n in range(4)])
     assert float((seen[:4] - truth).abs().sum()) > 0.1
 
 
 def test_the_likelihood_is_on_average_that_of_the_texts():
-    strings = Strings(vocab=2, longest=3)
+    strings = Strings(vocab=2, longest=2)
     said = [
-        [float(log_likelihood(strings, torch.tensor(text), *generators(seed), 1500, 500, mask_id=2)) for seed in (1, 2)]
-        for text in strings.texts
+        log_likelihood(strings, torch.tensor(t), *generators(n), 600, 200, mask_id=2)
+        for n, t in enumerate(strings.texts)
     ]
-    mean = float((strings.probs * torch.tensor(said, dtype=torch.float64).mean(1)).sum())
-    assert mean == pytest.approx(-strings.entropy, abs=0.06)
+    assert float((strings.probs * torch.stack(said)).sum()) == pytest.approx(-strings.entropy, abs=0.1)
 
 
 def test_a_text_with_holes_is_completed_as_its_texts_are(strings):
     """Given its first and its last token, and that something or nothing is between."""
     strings = Strings(vocab=2, longest=4, seed=2)
-    given = torch.tensor([[0, 1, M, M, M, M]]).repeat(2500, 1).masked_fill(torch.tensor([False] * 2 + [True] * 4), 2)
+    given = torch.tensor([[0, 1, M, M, M, M]]).repeat(1200, 1).masked_fill(torch.tensor([False] * 2 + [True] * 4), 2)
     canvas = Canvas.of(given, given != strings.mask, strings.mask)
-    closed = torch.ones(2500, 7, dtype=torch.bool)
+    closed = torch.ones(1200, 7, dtype=torch.bool)
     closed[:, 1] = False
     canvas = replace(canvas, closed=closed)
 
@@ -106,7 +105,7 @@ def test_a_text_with_holes_is_completed_as_its_texts_are(strings):
             return torch.cat([ends, tokens, ends]), torch.cat([torch.zeros(1), gaps, torch.zeros(1)])
 
     model = Between(vocab=2, longest=4, seed=2)
-    drawn = texts(run(model, canvas, steps=48, temperature=1.0, remasking="origin")[-1])
+    drawn = texts(run(model, canvas, steps=32, temperature=1.0, remasking="origin")[-1])
     fits = [t for t in strings.texts if len(t) >= 2 and t[0] == 0 and t[-1] == 1]
     expected = strings.probs[[t in fits for t in strings.texts]]
     expected = expected / expected.sum() * len(drawn)
