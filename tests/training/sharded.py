@@ -22,7 +22,7 @@ from dmllm.config import to_dict
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.models.vision import VisionConfig, resolve_vision
-from dmllm.objectives import build_objective
+from dmllm.objectives import build_objective, requirements
 from dmllm.training.assemble import Run
 from dmllm.training.config import TrainConfig
 from dmllm.training.distributed import local
@@ -42,6 +42,8 @@ VISION = VisionConfig(
     options={"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8},
 )
 ROWS = 2  # of a micro-batch in one of two processes
+OPTIONS = {"masked": {}, "continuous": {"form": "diffuseq", "width": 8, "self_conditioning": 0.5}}
+NAME = sys.argv[2] if len(sys.argv) > 2 else "masked"
 
 
 def build(accelerator, folder, *, sharded):
@@ -49,6 +51,7 @@ def build(accelerator, folder, *, sharded):
     vision = to_dict(resolve_vision(VISION))
     core = MultimodalModel(DmllmConfig(backbone=SHAPE, vision=vision, projector={"name": "linear"}, mask_token_id=2))
     core.initialise()
+    core.adapt(**requirements(NAME, OPTIONS[NAME], "full"))
     config = TrainConfig(output_dir=str(folder), model=ModelSpec(), data="unused", steps=4, batch_size=8)
     set_learning(core, config.parts)
     if sharded:
@@ -61,7 +64,7 @@ def build(accelerator, folder, *, sharded):
         model=core,
         learned=learned,
         processor=None,
-        objective=build_objective("masked", {}, core.config.special, "full"),
+        objective=build_objective(NAME, OPTIONS[NAME], core.config.special, "full"),
         mixture=None,
         validation=None,
         steps=4,

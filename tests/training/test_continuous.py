@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import dmllm.training.loop
+from dmllm.config import save_config
 from dmllm.data.mixture import DataConfig
 from dmllm.data.sources import DataSource
 from dmllm.pipeline import load
 from dmllm.training import train
 from dmllm.training.config import ObjectiveConfig, OptimiserConfig, SamplesConfig, ValidationConfig
 from tests.training.test_loop import lines
+from tests.training.test_processes import torchrun
 from tests.training.test_resume import assert_same
 
 OPTIONS = {
@@ -111,6 +114,20 @@ def test_a_run_that_breaks_continues_to_the_same_bits_with_its_chains(recipe, mo
     chains = load(str(whole.model), device="cpu").model.space.chains
     assert torch.equal(chains.log_snr, saved["heads.latent.chains.log_snr"])
     assert (chains.log_snr[:, 0] != chains.log_snr[:, 1]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["diffuseq", "flow"])
+def test_two_processes_equal_one(recipe, tmp_path, form):
+    objective = ObjectiveConfig(name="continuous", options={**OPTIONS[form], "self_conditioning": 0.5})
+    config = recipe("two", micro_batch_size=1, objective=objective)
+    save_config(config, tmp_path / "recipe.yaml")
+    done = torchrun("train.py", str(tmp_path / "recipe.yaml"))
+    assert done.returncode == 0, done.stderr
+    one = train(recipe("one", objective=objective))
+    a, b = (load_file(Path(folder) / "model" / "model.safetensors") for folder in (config.output_dir, one.folder))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
 
 
 def test_guidance_at_zero_is_the_identity_and_what_is_given_is_kept(recipe):

@@ -34,8 +34,9 @@ def test_two_processes_equal_one(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_equals_unsharded(tmp_path):
+@pytest.mark.parametrize("objective", ["masked", "continuous"])
+def test_sharded_equals_unsharded(tmp_path, objective):
     """Weights, gathered model, checkpoints and their resumption, wrapped by the code that accelerate runs on GPUs."""
-    done = torchrun(str(Path(__file__).parent / "sharded.py"), str(tmp_path))
+    done = torchrun(str(Path(__file__).parent / "sharded.py"), str(tmp_path), objective)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sharded: 2 blocks" in done.stdout
