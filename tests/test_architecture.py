@@ -44,7 +44,7 @@ SIBLINGS = {
 }  # fmt: skip
 OPTIONAL = {
     "timm", "open_clip", "torchvision", "matplotlib", "sklearn", "pycocoevalcap", "datasets", "wandb", "trackio",
-    "tensorboard", "transformers", "outlines_core",
+    "tensorboard", "transformers", "outlines_core", "diffusers", "lpips",
 }  # fmt: skip
 MAX_LINES, MAX_FUNCTION = 400, 80
 

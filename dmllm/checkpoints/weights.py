@@ -21,14 +21,19 @@ SHARD = 5 * 10**9  # bytes of a file that is written
 LARGE = 10**9  # bytes from which reading is shown on a terminal
 
 
-def read_weights(folder: Path, *, prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_weights(
+    folder: Path, *, prefix: str = "", dtype: torch.dtype | None = None, names: str = WEIGHTS
+) -> dict[str, Tensor]:
     """Every tensor whose name starts with `prefix`, under its name without it, from one file or from shards.
+
+    Args:
+        names: what the file may be called, or the index of its shards, the preferred one first.
 
     Raises:
         FileNotFoundError: the folder holds no safetensors, or lacks one of its shards.
     """
     weights = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, names):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 if name.startswith(prefix):
@@ -36,23 +41,23 @@ def read_weights(folder: Path, *, prefix: str = "", dtype: torch.dtype | None = 
     return weights
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, names: str = WEIGHTS) -> list[Path]:
     """The safetensors files of a folder: one, or its shards.
 
     Raises:
         FileNotFoundError: there is none, or a shard is missing; says what to do where there are only pickles.
     """
-    first = find(folder, WEIGHTS)
+    first = find(folder, names)
     if first is None:
-        wanted = WEIGHTS.replace("|", " or ")
+        wanted = names.replace("|", " or ")
         raise FileNotFoundError(f"The folder {folder} has no {wanted}.{pickle_advice(folder)}")
     if first.suffix != ".json":
         return [first]
-    names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
+    shards = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in shards:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"The folder {folder} lacks {name}, which {first.name} lists.")
-    return [folder / name for name in names]
+    return [folder / name for name in shards]
 
 
 def shown(files: Sequence[Path], what: str) -> Iterator[Path]:

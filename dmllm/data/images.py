@@ -64,12 +64,12 @@ def cut_tiles(image: Image.Image, plan: Plan, config: TilingConfig) -> Tensor:
     fill = config.fill or ((127, 127, 127) if config.mode == "pad" else (0, 0, 0))
     tiles = []
     for view in plan.views:
-        picture = _resized(image, view.size, config.interpolation)
+        picture = resized(image, view.size, config.interpolation)
         if view.canvas != view.size:
             canvas = Image.new("RGB", (view.canvas[1], view.canvas[0]), fill)
             canvas.paste(picture, (view.offset[1], view.offset[0]))
             picture = canvas
-        picture = _resized(picture, view.final, config.interpolation)
+        picture = resized(picture, view.final, config.interpolation)
         down, across = view.final[0] // height, view.final[1] // width
         pixels = np.asarray(picture).reshape(down, height, across, width, 3)
         tiles.append(pixels.transpose(0, 2, 4, 1, 3).reshape(down * across, 3, height, width))
@@ -151,7 +151,8 @@ def _grey_to_rgb(pixels: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def _resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+    """The picture at `size` (height, width)."""
     height, width = size
     if image.size == (width, height):
         return image
