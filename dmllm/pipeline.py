@@ -270,8 +270,8 @@ class Pipeline:
         """Fill the holes of a text together (an `Infilled`), or of each text of a list (a list of `Infilled`).
 
         Args:
-            text: [MASK] is a hole of one token, [MASK:4] of four, [MASK:1..3] of one to three: of all choices the one
-                whose whole text is the most probable (`infilling`). All else stays as it is, character by character.
+            text: [MASK] is a hole of one token, [MASK:4] of four, [MASK:1..3] of one to three: the text that is then
+                the most probable (`infilling`); [MASK:*] of any number (`growing`). All else stays, to the character.
             messages, images: as for `chat`: what the text answers; None is the pictures alone, or nothing at all.
             num_samples: random views by which texts of several lengths are compared.
             batch_size: texts, or views, in one model call.

@@ -168,14 +168,11 @@ class AnyLength:
 
     def loss(self, model: Callable[..., Any], noised: Noised) -> dict[str, LossSum]:
         """The two losses before division: of tokens ("masked") and of how many are missing ("insertion")."""
-        asked = {HEAD: noised.gaps}
-        output = forward(model, noised.batch, noised.visibility, noised.rows, noised.time, heads=asked)
-        cost = divergence(output.heads[HEAD], noised.missing, tight=self.config.tight)
-        counts = noised.counts
-        return {
-            "masked": weighted_cross_entropy(output.logits, noised.targets, noised.weights, counts["masked"]),
-            HEAD: LossSum(total=(cost * noised.gap_weights).sum(), count=counts[HEAD]),
-        }
+        own = noised.batch, noised.visibility, noised.rows, noised.time
+        output, counts = forward(model, *own, heads={HEAD: noised.gaps}), noised.counts
+        tokens = weighted_cross_entropy(output.logits, noised.targets, noised.weights, counts["masked"])
+        cost = divergence(output.heads[HEAD], noised.missing, tight=self.config.tight) * noised.gap_weights
+        return {"masked": tokens, HEAD: LossSum(total=cost.sum(), count=counts[HEAD])}
 
     def _scale(self, batch: Batch, scorable: Tensor) -> tuple[Tensor, Tensor]:
         """What weights [B, L] of any row are divided by, and the count that remains to be divided by."""
