@@ -203,6 +203,23 @@ def fresh(level: Level, which: Tensor, number: Tensor, vocabulary: Vocabulary) -
     return torch.where(masks, vocabulary.mask, draw_words(number, vocabulary))
 
 
+def reverse(chance: Tensor, noised: Tensor, t: Level, s: Level, kappa: float, mask_id: int) -> tuple[Tensor, Tensor]:
+    """The probabilities that on the way from x_t to x_s a token remains, and that what is predicted comes, both [...];
+    else it becomes noise of s (`fresh`). The three may be the same token.
+
+    kappa is the share of the posterior q(x_s | x_t, prediction), of which the token is x_s already with the probability
+    `stays`; the rest draws x_0 and noise on it anew: the token is x_0 with the probability `was` (Psi-samplers).
+
+    Args:
+        chance: [...], what is predicted of the token that stands there, its own place left out.
+    """
+    whole = t.noise(noised, mask_id) + t.alpha * chance
+    was = t.alpha * chance / whole
+    stays = t.alpha / s.alpha * (s.noise(noised, mask_id) + s.alpha * chance) / whole
+    remains = kappa * stays + (1 - kappa) * was * s.alpha
+    return remains, (kappa * (1 - stays) + (1 - kappa) * (1 - was)) * s.alpha
+
+
 def is_word(vocabulary: Vocabulary, device: torch.device) -> Tensor:
     """[V] bool: the ids that are not reserved."""
     words = torch.ones(vocabulary.size, dtype=torch.bool, device=device)

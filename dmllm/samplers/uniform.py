@@ -36,6 +36,7 @@ from dmllm.diffusion.uniform import (
     leave_one_out,
     of_words,
     posterior,
+    reverse,
 )
 from dmllm.registry import nearest
 from dmllm.samplers import absorbing
@@ -214,22 +215,14 @@ class Undo:
         temperature: float,
         number: tuple[Tensor, ...],
     ) -> Tensor:
-        """A draw from q(x_s | x_t, prediction), [B, K]: what stands there, the predicted token, or new noise.
-
-        What stands there was no noise with the probability `was`; it is x_s with the probability `stays`.
-        """
+        """A draw from q(x_s | x_t, prediction), [B, K]: what stands there, the predicted token, or new noise."""
         if temperature == 0:
             tokens = logits.argmax(-1)
             chance = (tokens == now).double()
         else:
             tokens = draw(logits, number[1], temperature, 1.0)
             chance = (logits / temperature).softmax(-1, dtype=torch.float64).gather(-1, now[..., None]).squeeze(-1)
-        mask = self.vocabulary.mask
-        whole = t.noise(now, mask) + t.alpha * chance
-        was = t.alpha * chance / whole
-        stays = t.alpha / s.alpha * (s.noise(now, mask) + s.alpha * chance) / whole
-        remains = kappa * stays + (1 - kappa) * was * s.alpha
-        predicted = (kappa * (1 - stays) + (1 - kappa) * (1 - was)) * s.alpha
+        remains, predicted = reverse(chance, now, t, s, kappa, self.vocabulary.mask)
         noise = fresh(s, number[2], number[1], self.vocabulary)
         tokens = torch.where(number[0] < remains + predicted, tokens, noise)
         return torch.where(number[0] < remains, now, tokens)
