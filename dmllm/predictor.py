@@ -117,7 +117,7 @@ def prepare(
 
 def predicts_next(model: Any, kind: str) -> bool:
     """Whether, under the visibility `kind`, a row says what follows all that it sees: then one is fed at a time."""
-    return kind == "causal" and bool(model.config.shift)
+    return kind == "causal" and bool(model.config.shift) and process_of(model).masks
 
 
 def _token_by_token(
