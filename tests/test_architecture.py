@@ -31,7 +31,7 @@ LEVELS = {
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
     "requests": 3, "replies": 4, "encoded": 4, "computed": 4, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4,
-    "pipeline": 4, "constraints": 4, "animation": 4, "auto": 4,
+    "pipeline": 4, "constraints": 4, "animation": 4, "auto": 4, "growing": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
@@ -39,7 +39,7 @@ LEVELS = {
 SIBLINGS = {
     ("config", "registry"), ("checkpoints", "families"), ("computed", "encoded"), ("logits", "encoded"),
     ("predictor", "computed"), ("scoring", "computed"), ("scoring", "predictor"), ("infilling", "predictor"),
-    ("infilling", "scoring"), ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
+    ("infilling", "scoring"), ("infilling", "growing"), ("growing", "predictor"), ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
     *(("pipeline", part) for part in ("predictor", "constraints", "logits", "scoring", "infilling")),
 }  # fmt: skip
 OPTIONAL = {
