@@ -39,7 +39,8 @@ LEVELS = {
 SIBLINGS = {
     ("config", "registry"), ("checkpoints", "families"), ("computed", "encoded"), ("logits", "encoded"),
     ("predictor", "computed"), ("scoring", "computed"), ("scoring", "predictor"), ("infilling", "predictor"),
-    ("infilling", "scoring"), ("infilling", "growing"), ("growing", "predictor"), ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
+    ("infilling", "scoring"), ("infilling", "growing"), ("growing", "predictor"),
+    ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
     *(("pipeline", part) for part in ("predictor", "constraints", "logits", "scoring", "infilling")),
 }  # fmt: skip
 OPTIONAL = {

@@ -248,11 +248,13 @@ def _level(canvas: Canvas, calls: Tensor, config: DecodeConfig) -> Tensor:
 
 def _check(config: DecodeConfig, length: int) -> None:
     """Raises ValueError for a setting that means nothing here."""
+    usual = DecodeConfig()
     for name, value in config.chosen.items():
         if name not in USED and not (name == "visibility" and value == "full"):
             raise ValueError(
                 f"{name}={value!r:.80} is not for a model that inserts tokens: its canvas has neither blocks nor a "
-                f"length; leave it out. It takes {', '.join(USED)}."
+                f"length; leave it out, or say {name}={getattr(usual, name)!r} where a checkpoint's defaults have it. "
+                f"It takes {', '.join(USED)}."
             )
     if config.steps == 1:
         raise ValueError("steps=1: one call inserts and a later one fills; say at least 2.")

@@ -73,6 +73,13 @@ def test_a_run_that_is_stopped_ends_with_the_weights_of_one_never_stopped(recipe
     assert_same(train(config), train(replace(config, output_dir=str(tmp_path / "whole"))))
 
 
+def test_a_model_need_not_be_told_the_time(recipe):
+    objective = ObjectiveConfig(name="insertion", options={"time_conditioning": False, "reduction": "answer_length"})
+    pipe = load(str(train(recipe(objective=objective, validation=None)).model), device="cpu")
+    assert not any("time" in name for name in pipe.model.state_dict())
+    assert pipe.chat("colour?", max_new_tokens=8, steps=3).num_forwards == 3
+
+
 def test_a_model_that_sees_blocks_or_prefixes_is_refused(recipe):
     config = recipe(objective=ObjectiveConfig(name="insertion"))
     with pytest.raises(ValueError, match=r"model\.visibility=full"):
