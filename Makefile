@@ -66,7 +66,7 @@ bench: setup
 
 # Paradigms side by side on text, three seeds of each: within the hour on two cores, and it may be stopped and repeated.
 # ARGS=--short is done in minutes, to see that it runs; ONLY= compares all of eval/suites/paradigms.yaml, in hours.
-ONLY = --studies text repetition --only autoregressive masked "block of 4" mlm
+ONLY = --studies text repetition --only autoregressive masked "block of 4"
 compare: setup
 	@$(THREADS) $(BIN)/dmllm compare eval/suites/paradigms.yaml --out runs/compare$(if $(findstring --short,$(ARGS)),-short) $(ONLY) $(ARGS)
 

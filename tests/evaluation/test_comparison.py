@@ -182,7 +182,7 @@ def test_every_paradigm_is_trained_and_measured_for_every_seed(done):
 def test_one_that_starts_from_another_starts_from_its_weights(done):
     _, out, _ = done
     recipe = yaml.safe_load((out / "text" / "after-1" / "train.yaml").read_text())
-    assert recipe["model"]["checkpoint"] == str(out / "text" / "left to right-1" / "run" / "model")
+    assert recipe["model"]["checkpoint"] == str(out / "text" / "left-to-right-1" / "run" / "model")
     assert "backbone" not in recipe["model"]
 
 

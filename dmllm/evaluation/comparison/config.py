@@ -79,6 +79,8 @@ class Study:
     """Stories with holes, of the test split; null: no holes are filled and nothing is drawn freely."""
     train: dict[str, Any] = field(default_factory=dict)
     """Training fields over the comparison's."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `train_tokenizer` over the comparison's."""
     paradigms: list[str] = field(default_factory=list)
     """Names; [] is all."""
     seeds: list[int] = field(default_factory=list)

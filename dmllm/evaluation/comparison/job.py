@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Of this job alone."""
-        return self.out / self.study.name / f"{self.paradigm.name}-{self.seed}"
+        return self.out / self.study.name / f"{re.sub(r'[^a-z0-9]+', '-', self.paradigm.name.lower())}-{self.seed}"
 
     @property
     def name(self) -> str:
@@ -62,6 +63,11 @@ class Job:
     def tokenizer(self) -> Path:
         """The study's."""
         return self.out / self.study.name / "tokenizer"
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        """How its tokenizer is made."""
+        return {**self.config.tokenizer, **self.study.tokenizer}
 
     def made(self, data: BuiltinData, split: str) -> Path:
         """The folder of a data set."""
@@ -93,7 +99,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on."""
-        own = {"study": self.study, "paradigm": self.paradigm, "train": self.recipe(), "tokens": self.config.tokenizer}
+        own = {"study": self.study, "paradigm": self.paradigm, "train": self.recipe(), "tokens": self.tokens}
         return json.loads(json.dumps(to_dict(own)))
 
     def results(self) -> dict[str, Any] | None:
@@ -112,7 +118,7 @@ def prepare(job: Job) -> None:
         make(data.builtin, job.made(data, split), num=data.num, split=split, seed=data.seed, **data.options)
     if not (job.tokenizer / "tokenizer.json").is_file():
         texts = [job.made(one, "train") / "data.json" for one in study.data]
-        train_tokenizer(texts, out=job.tokenizer, **job.config.tokenizer)
+        train_tokenizer(texts, out=job.tokenizer, **job.tokens)
 
 
 def run(job: Job) -> dict[str, Any]:

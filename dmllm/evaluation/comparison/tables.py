@@ -264,9 +264,16 @@ def _path(study: str, runs: dict[str, Any]) -> Section | None:
     return Section(
         study=study,
         title="Held-out loss over training",
-        note="Each by its own objective: what is not a bound in nats a token does not compare with what is.",
+        note="Each by its own objective: what is not a bound in nats a token does not compare with what is. "
+        "Dashed: the least that a bound can be, where it is known.",
         head=["paradigm", "lowest", "at step", "at the end", "step"],
         rows=rows,
-        picture=lines(drawn, across="step", up="held-out loss"),
+        picture=lines(drawn, across="step", up="held-out loss", least=_least_a_token(runs)),
         name=f"{study}-loss",
     )
+
+
+def _least_a_token(runs: dict[str, Any]) -> float | None:
+    """Nats a token of the best possible model, where that is known."""
+    known = [run["bound"] for run in runs.values() if run.get("bound", {}).get("least") is not None]
+    return known[0]["least"] / known[0]["tokens"] if known else None
