@@ -130,3 +130,12 @@ def test_holes_are_read_or_refused_by_name() -> None:
         gapped(processor(byte_level()), "<|mask|> [MASK]", None)
     with pytest.raises(ValueError, match=r"does not give 'a<\|end\|>' back"):
         gapped(processor(byte_level()), "a<|end|>[MASK]", None)
+
+
+def test_a_hole_of_any_length_begins_empty():
+    texts, holes = parse("a [MASK:*] b[MASK:2][MASK:*]")
+    assert texts == ["a ", " b", "", ""]
+    assert [(hole.least, hole.most, hole.grows) for hole in holes] == [(0, 0, True), (2, 2, False), (0, 0, True)]
+    for wrong in ("[MASK:**]", "[MASK:0]", "[MASK:*..3]", "[MASK;*]"):
+        with pytest.raises(ValueError, match="is no hole"):
+            parse(wrong)
