@@ -64,7 +64,7 @@ class Sqrt:
         """signal^2."""
         whole = 1 - math.sqrt(self.offset)
         last = 1 - math.sqrt(1 - 1 / self.steps + self.offset)
-        return ((1 - (t + self.offset).sqrt()) / whole).clamp(min=(1 - 0.999) * last / whole)
+        return ((1 - (t + self.offset).sqrt()) / whole).clamp((1 - 0.999) * last / whole, 1)
 
     def level(self, t: Tensor) -> Level:
         return preserving(self.alpha_bar(t))
@@ -185,6 +185,6 @@ def evened(alpha_bar: Tensor, losses: Tensor) -> Tensor:
     loss = np.vstack([loss[:1] - (loss[1:2] - loss[:1]) / 2, loss, loss[-1:] + (loss[-1:] - loss[-2:-1]) / 2])
     means = old.reshape(len(losses), -1, old.shape[1]).mean(1)
     means = np.vstack([np.full_like(means[:1], old.max()), means, np.full_like(means[:1], old.min())])
-    asked = np.linspace(loss[0], loss[-1], len(old))
+    asked = np.linspace(loss[0] - 1e-5, loss[-1] + 1e-5, len(old))
     found = [np.interp(asked[:, p], loss[:, p], means[:, p]) for p in range(old.shape[1])]
     return torch.from_numpy(np.stack(found, 1))

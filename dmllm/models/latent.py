@@ -97,8 +97,8 @@ class Chains(nn.Module):
     @torch.no_grad()
     def remember(self, t: Tensor, places: Tensor, losses: Tensor) -> None:
         """Losses [N] at times t [N] and places [N], by which the chains will be refit."""
-        times = (t * self.bins).ceil().long().clamp(1, self.bins) - 1
-        index = times, places.clamp(max=self.positions - 1)
+        step = (t * self.steps).round().long().clamp(1, self.steps) - 1
+        index = step // (self.steps // self.bins), places.clamp(max=self.positions - 1)
         self.losses.index_put_(index, losses.to(self.losses.dtype), accumulate=True)
         self.counts.index_put_(index, torch.ones_like(losses, dtype=self.counts.dtype), accumulate=True)
 

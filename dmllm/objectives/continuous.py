@@ -118,7 +118,8 @@ class ContinuousConfig:
     @property
     def space(self) -> dict[str, Any]:
         """The options of the head that holds the vectors."""
-        kind = {"schedule": self.kind, "schedule_options": dict(self.schedule_options), "normalised": self.normalised}
+        options = {**({"steps": self.steps} if self.kind == "sqrt" else {}), **self.schedule_options}
+        kind = {"schedule": self.kind, "schedule_options": options, "normalised": self.normalised}
         kind |= {"regresses": self.form == "diffuseq", "self_conditioning": self.often > 0, "width": self.width}
         chains = {"positions": self.positions, "steps": self.steps, "bins": self.bins}
         return {**kind, **(chains if self.adaptive else {})}

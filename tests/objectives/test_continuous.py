@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dmllm.diffusion.gaussian import Sqrt, ddim, ddpm
 from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 from dmllm.objectives import build_objective, requirements
@@ -160,7 +163,7 @@ def test_the_sums_of_diffuseq_are_what_their_names_say():
         float(torch.nn.functional.cross_entropy(logits, noised.targets).detach()), abs=1e-5
     )
     off = objective.loss(Spied(model, truth=clean + 0.5), noised)["mse"]
-    assert float(off.total / off.count) == pytest.approx(0.25, rel=1e-4)
+    assert float((off.total / off.count).detach()) == pytest.approx(0.25, rel=1e-4)
 
 
 def test_at_the_first_time_of_the_chain_the_vector_itself_is_wanted():
@@ -177,10 +180,12 @@ def test_a_flow_that_says_all_words_alike_scores_log_v():
     model = tiny({"form": "flow", "velocity": 0.1})
     noised = objective.prepare(batch, draws_for(batch))
     found = objective.loss(Spied(model, truth="alike"), noised)
-    assert float(found["tokens"].total / found["tokens"].count) == pytest.approx(math.log(WORDS), rel=1e-5)
+    assert float((found["tokens"].total / found["tokens"].count).detach()) == pytest.approx(math.log(WORDS), rel=1e-5)
     vectors, t = model.space.vectors(), noised.time.flatten()[noised.rows]
     error = (vectors[noised.targets] - vectors.mean(0)).square().mean(-1) / t.clamp(min=0.05) ** 2
-    assert float(found["velocity"].total / found["velocity"].count) == pytest.approx(float(error.mean()), rel=1e-4)
+    assert float((found["velocity"].total / found["velocity"].count).detach()) == pytest.approx(
+        float(error.mean().detach()), rel=1e-4
+    )
 
 
 def test_times_of_a_flow_are_logit_normal_or_even():
@@ -371,3 +376,57 @@ def test_six_words_are_reversed(options, visibility, steps):
         out = pipe.generate(held.input_ids[:, :7], steps=calls, gaussian={"sampler": sampler}, **decode)
         exact = (out.sequences[:, 7:] == held.input_ids[:, 7:]).all(1).float().mean()
         assert float(exact) > 0.9, (sampler, float(exact))
+
+
+RECORDED = load_file(Path(__file__).parents[1] / "golden" / "diffuseq" / "expected.safetensors")
+"""From the authors' classes, on random numbers: DiffuSeq's chain, losses and steps, and SeqDiffuSeq's refit chains."""
+
+
+def with_table(options):
+    """A model with DiffuSeq's table, of the vectors as they are."""
+    model = tiny({**options, "width": 6, "normalised": False}, vocab_size=9)
+    with torch.no_grad():
+        model.space.table.weight.copy_(RECORDED["table"])
+    return model
+
+
+def test_the_losses_of_diffuseq_are_the_authors():
+    """Of three texts without a source, at the first time of the chain, in its midst and at its end."""
+    options = {"width": 6, "normalised": False}
+    model, objective = (
+        with_table({}),
+        build_objective("continuous", options, SpecialTokens(mask=0, eos=1, pad=1), "full"),
+    )
+    for row in range(3):
+        batch = batch_of(1, 4, 0)
+        batch = replace(batch, input_ids=RECORDED["ids"][row : row + 1], labels=RECORDED["ids"][row : row + 1])
+        noised = objective.prepare(batch, draws_for(batch))
+        time = torch.full_like(noised.time, float(RECORDED["t"][row] + 1) / 2000)
+        noised = replace(noised, time=time, noise=RECORDED["noise"][row], start=RECORDED["start"][row])
+        spy = Spied(model, truth=RECORDED["said"][row])
+        for name, loss in objective.loss(spy, noised).items():
+            torch.testing.assert_close((loss.total / loss.count).detach(), RECORDED[name][row], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(spy.calls[0]["latents"][0], RECORDED["z"][row], atol=1e-5, rtol=1e-4)
+
+
+def test_the_steps_of_diffuseq_are_the_authors():
+    now = Sqrt().level((RECORDED["t"][:, None] + 1.0) / 2000)
+    then = Sqrt().level(RECORDED["t"][:, None] / 2000.0)
+    given = RECORDED["z"], RECORDED["said"], now, then
+    torch.testing.assert_close(ddpm(*given, torch.zeros(3, 4, 6)), RECORDED["mean"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ddim(*given), RECORDED["ddim"], atol=1e-5, rtol=1e-4)
+    times = torch.arange(1, 2001, dtype=torch.float64) / 2000
+    torch.testing.assert_close(Sqrt().alpha_bar(times), RECORDED["chain"], atol=0, rtol=1e-9)
+
+
+def test_the_chains_of_seqdiffuseq_are_the_authors():
+    """After three calls on 64 losses of four positions; theirs leave the first position, a begin token, as it was."""
+    chains = tiny({"adaptive": True, "positions": 4, "steps": 200, "bins": 10}).space.chains
+    torch.testing.assert_close(chains.log_snr.double().sigmoid(), RECORDED["seq.before"], atol=1e-6, rtol=1e-3)
+    for steps, losses in zip(RECORDED["seq.steps"], RECORDED["seq.losses"], strict=True):
+        t = ((steps + 1) / 200)[:, None].expand(-1, 4)
+        chains.remember(t.flatten(), torch.arange(4).repeat(64), losses.flatten())
+    chains.refit(3, 1)
+    torch.testing.assert_close(
+        chains.log_snr.double().sigmoid()[:, 1:], RECORDED["seq.after"][:, 1:], atol=1e-5, rtol=1e-3
+    )
