@@ -201,6 +201,22 @@ def tokenizer_train(arguments: argparse.Namespace, rest: list[str]) -> None:
     )
 
 
+def tokenizer_train_image(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Train a tokenizer of images on a folder of pictures, or on a built-in data set."""
+    import logging
+
+    from dmllm.config import load_config
+    from dmllm.training.image_tokenizers import ImageTokenizerConfig, train_image_tokenizer
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dmllm").setLevel(logging.INFO)
+    trained = train_image_tokenizer(load_config(ImageTokenizerConfig, arguments.recipe, rest))
+    if trained.model is None or trained.quality is None:
+        return 130
+    print(f"{trained.model}: {trained.quality.line()}")
+    return 0
+
+
 def _decode_options(rest: list[str]) -> tuple[dict, list[str]]:
     """`--steps=8 --threshold 0.9 question` as (values by name, other words); DecodeConfig judges the names."""
     options: dict = {}
@@ -286,10 +302,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=3)
     p.add_argument("--out", default="runs/data_check.png", help="picture of rendered samples")
 
-    tokenizer = group("tokenizer", "train a tokenizer")
+    tokenizer = group("tokenizer", "train a tokenizer of texts or images")
     p = command("train", tokenizer_train, under=tokenizer)
     p.add_argument("files", nargs="+", help="text files, or LLaVA JSON")
     p.add_argument("--vocab-size", type=int, required=True)
     p.add_argument("--out", required=True)
     p.add_argument("--isolate", help="regular expression of characters that stay one token each, e.g. '[A-Z0-9]'")
+    p = command("train-image", tokenizer_train_image, under=tokenizer, passes_on=True)
+    p.add_argument("--recipe", help="a YAML of settings; --data.path=FOLDER --output_dir=FOLDER and others override it")
     return parser

@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,12 +23,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dmllm.config import read_yaml, save_config, to_dict
-from dmllm.training.config import TrainConfig
 from dmllm.training.distributed import is_sharded
 from dmllm.training.ema import Ema
 
 FREE = ("output_dir", "resume", "num_workers", "micro_batch_size", "gradient_checkpointing", "compile")
 FREE += ("log_every", "save_every", "keep", "trackers", "samples", "validation.every", "save_dtype")
+
+
+class RunConfig(Protocol):
+    """What a run's configuration says of its folder; see `TrainConfig`."""
+
+    @property
+    def output_dir(self) -> str: ...
+    @property
+    def resume(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +58,7 @@ class Learned:
     ema: Ema | None = None
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator) -> Path:
+def open_run(config: RunConfig, accelerator: Accelerator) -> Path:
     """The run's folder, with `config.yaml` in it.
 
     Raises:
@@ -185,7 +193,7 @@ def _spread(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
     return tensor
 
 
-def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
+def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     old, new = _leaves(read_yaml(folder / "config.yaml")), _leaves(to_dict(config))
     changed = [
         f"{key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} now"
