@@ -9,9 +9,10 @@
     paper        Gong et al., DiffuSeq, arXiv:2210.08933; adaptive: Yuan et al., SeqDiffuSeq, arXiv:2212.10325; flow:
                  Gulrajani and Hashimoto, Plaid, arXiv:2305.18619, with the times of ELF, arXiv:2605.10938
 
-For answers of a fixed canvas in few calls, for guidance and control by gradients, and to compare with discrete noise.
-Learned vectors collapse where nothing holds them apart: they have one length (`normalised`) and the rounding term. In
-wide spaces noise hides nothing until there is a lot of it: keep `width` small. Likelihoods are not computed.
+For answers in few calls, all of their tokens at once, and to compare with discrete noise. Learned vectors collapse
+where nothing holds them apart: they have one length (`normalised`) and the rounding term. In wide spaces noise hides
+nothing until there is a lot of it: keep `width` small. How many rows are noise tells how long the answer is: train with
+the canvas that will be asked for (`model.processor.answer_lengths`). Likelihoods are not computed.
 
     objective:
       name: continuous
