@@ -11,13 +11,13 @@
     data: data_configs/scenes.yaml
     objective:
       name: uniform
-      options: {noise: hybrid, p_uniform: 0.1, bound: gidd, weight: dynamic}
+      options: {noise: hybrid, p_uniform: 0.1, bound: gidd, parameterisation: posterior}
 
-For text that is to be revised while it is written, in few calls: every token may be put right to the end. It learns
-more slowly than masks do. Pitfalls: the bounds take the prediction that leaves its own place out. By default the logits
-are that; `parameterisation: posterior` says that they are p(x_0 | x_t), and they are converted before a bound is taken
-of them (and the others before a cross-entropy), or it would not be tight. And hybrid noise weighs much near t = 0, so
-that min_time matters to its bound.
+For text that is to be revised while it is written, in few calls: every token may be put right to the end. Pitfalls: the
+bounds take the prediction that leaves its own place out. By default the logits are that, as UDLM and GIDD have it;
+`parameterisation: posterior` says that they are p(x_0 | x_t), and they are converted before a bound is taken of them
+(and the others before a cross-entropy), or it would not be tight. A small network learns the posterior much sooner, as
+what stands in a place is mostly right. And hybrid noise weighs much near t = 0, so that min_time matters to its bound.
 
 Time: t = 0 is clean, t = 1 is noise. Shapes: N scored tokens, V ids.
 """

@@ -19,6 +19,7 @@ Time: t = 0 is clean, t = 1 is noise. Shapes: B rows, N canvas tokens, K places 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -44,7 +45,8 @@ from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.constraint import Constraint
 from dmllm.samplers.draws import numbers
-from dmllm.samplers.estimate import Heard, draw
+from dmllm.samplers.estimate import draw
+from dmllm.samplers.hearing import for_hearing, put, remembered
 from dmllm.samplers.process import Predict, Process
 from dmllm.types import Vocabulary
 
@@ -60,7 +62,8 @@ class UniformDecoding:
     """How random words are undone, beside `steps` (one a token where nothing is said), the number of calls."""
 
     sampler: str | None = None
-    """ancestral, commit, entropy_bound; None is ancestral at a temperature above 0, and commit at 0."""
+    """ancestral, commit, entropy_bound; None is commit at temperature 0, or where a setting says what is committed when
+    (threshold, remasking, ...), else ancestral."""
     kappa: float = 1.0
     """Of ancestral: how much of a step is the posterior's; the rest draws x_0 and noise on it anew, which corrects what
     went wrong before (predictor and corrector in one). 1 is ancestral, 0 all anew; the marginals are the same."""
@@ -101,7 +104,8 @@ class UniformDecoding:
             if name not in known:
                 raise ValueError(f"uniform has no option {name!r}; {nearest(name, known)}")
         own = UniformDecoding(**(config.uniform or {}))
-        return replace(own, sampler=own.sampler or ("ancestral" if config.temperature > 0 else "commit"))
+        commits = config.temperature == 0 or any(name not in (*USED, "block_length") for name in config.chosen)
+        return replace(own, sampler=own.sampler or ("commit" if commits else "ancestral"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Undo:
     parameterisation: str
 
     def begin(self, canvas: Canvas, config: DecodeConfig, draws: list[Generator]) -> Canvas:
-        """Noise in every open place; under commit the masks that stand for it.
+        """The canvas as it is: noise is put in when a block is begun.
 
         Raises:
             ValueError: a setting means nothing here.
@@ -127,12 +131,9 @@ class Undo:
                     f"{name}={value!r} is for tokens that are committed one after the other; with uniform.sampler="
                     f"{how.sampler!r} all may change to the end. Leave it out, or say uniform={{'sampler': 'commit'}}."
                 )
-        which, word = numbers(draws, 2 * canvas.ids.shape[1], canvas.ids.device).chunk(2, -1)
-        start = fresh(self.noise.at(torch.ones_like(which)), which, word, self.vocabulary)
         if how.corrections and canvas.block_length is not None:
             raise ValueError("uniform.corrections are for models that denoise one canvas, not blocks; leave them out.")
-        ids = torch.where(canvas.committed, canvas.ids, start)
-        return replace(canvas, ids=ids, confidence=torch.zeros_like(canvas.confidence))
+        return canvas
 
     def finished(self, canvas: Canvas, config: DecodeConfig) -> Tensor:
         """[B] bool: all calls are spent, or nothing is left to correct."""
@@ -161,7 +162,14 @@ class Undo:
             raise ValueError("A constraint needs tokens that are committed; say uniform={'sampler': 'commit'}.")
         canvas, rows, open_ = _enter(canvas)
         size, steps = rows.shape[1], config.steps_per_block(canvas.ids.shape[1])
-        number = numbers(draws, 3 * size, rows.device).unflatten(-1, (3, size)).unbind(1)
+        *number, which, word = numbers(draws, 5 * size, rows.device).unflatten(-1, (5, size)).unbind(1)
+        begun = open_ & (canvas.calls == 0)[:, None]
+        noise = fresh(self.noise.at(torch.ones_like(which)), which, word, self.vocabulary)
+        canvas = replace(
+            canvas,
+            ids=put(canvas.ids, rows, noise, begun),
+            confidence=put(canvas.confidence, rows, torch.zeros_like(which), begun),
+        )
         correcting, last = canvas.committed.all(1), canvas.calls + 1 >= steps
         share = 1 - torch.stack([canvas.calls, canvas.calls + 1]).double() / steps
         t, s = self.noise.time(share.clamp(min=0))
@@ -190,11 +198,11 @@ class Undo:
     ) -> tuple[Tensor, Canvas]:
         """Logits [B, K, V] of the words that leave their own place out, `now` [B, K] standing there; and the canvas
         with what was said, for a model that hears it."""
-        said = of_words(predict(_for_hearing(canvas), rows).float(), self.vocabulary)
+        said = of_words(predict(for_hearing(canvas), rows).float(), self.vocabulary)
         for token in config.suppress_ids:
             said[..., token] = -torch.inf
-        heard = Heard(rows, said) if getattr(predict, "hears", False) else canvas.heard
-        return self._beside(said, now, level), replace(canvas, heard=heard)
+        open_ = (canvas.editable & ~canvas.committed).gather(1, rows)
+        return self._beside(said, now, level), remembered(predict, canvas, rows, said, open_)
 
     def _beside(self, said: Tensor, now: Tensor, level: Level) -> Tensor:
         """Logits of the prediction that leaves its own place out, whatever the model's own are."""
@@ -213,7 +221,7 @@ class Undo:
         s: Level,
         kappa: float,
         temperature: float,
-        number: tuple[Tensor, ...],
+        number: Sequence[Tensor],
     ) -> Tensor:
         """A draw from q(x_s | x_t, prediction), [B, K]: what stands there, the predicted token, or new noise."""
         if temperature == 0:
@@ -236,7 +244,7 @@ class Undo:
         level: Level,
         how: UniformDecoding,
         temperature: float,
-        number: tuple[Tensor, ...],
+        number: Sequence[Tensor],
         last: Tensor,
     ) -> tuple[Tensor, Tensor, Canvas]:
         """What is kept of a draw, and noise elsewhere, [B, K]; whether that is all, [B], and then the most probable
@@ -256,8 +264,8 @@ class Undo:
         noise = fresh(_wide(self.noise.at(torch.ones_like(mean))), number[0], number[2], self.vocabulary)
         canvas = replace(
             canvas,
-            confidence=_put(canvas.confidence, rows, within.float(), open_),
-            stable=_put(canvas.stable, rows, best, open_),
+            confidence=put(canvas.confidence, rows, within.float(), open_),
+            stable=put(canvas.stable, rows, best, open_),
         )
         return torch.where(last[:, None], best, torch.where(within, tokens, noise)), last, canvas
 
@@ -270,16 +278,18 @@ class Undo:
         constraint: Constraint | None,
     ) -> Canvas:
         """What a call commits where masks stand for what is open; the model is shown new noise in their place."""
-        which, word = numbers(draws, 2 * canvas.ids.shape[1], canvas.ids.device).chunk(2, -1)
+        size = canvas.block_length or canvas.ids.shape[1]
+        which, word = numbers(draws, 2 * size, canvas.ids.device).chunk(2, -1)
         said = []
 
         def shown(masked: Canvas, rows: Tensor) -> Tensor:
             t = self.noise.time(masked.time.double())  # as much noise as there are masks
-            level = _wide(self.noise.at(t))
-            ids = torch.where(masked.committed, masked.ids, fresh(level, which, word, self.vocabulary))
+            level, (block, there) = _wide(self.noise.at(t)), _block(masked, size)
+            noise = fresh(level, which, word, self.vocabulary)
+            ids = put(masked.ids, block, noise, there & ~masked.committed.gather(1, block))
             canvas = replace(masked, ids=ids, time=t.float())
-            logits = of_words(predict(_for_hearing(canvas), rows).float(), self.vocabulary)
-            said.append(Heard(rows, logits))
+            logits = of_words(predict(for_hearing(canvas), rows).float(), self.vocabulary)
+            said.append(remembered(predict, canvas, rows, logits, ~masked.committed.gather(1, rows)).heard)
             return self._beside(logits, ids.gather(1, rows), level)
 
         after = absorbing.advance(shown, canvas, config, draws, constraint)
@@ -316,14 +326,20 @@ class Undo:
 
 def _enter(canvas: Canvas) -> tuple[Canvas, Tensor, Tensor]:
     """Each row at its first open block: its places [B, K], and which of them are open. The only one is the canvas."""
-    size = canvas.ids.shape[1]
-    length = canvas.block_length or size
+    length = canvas.block_length or canvas.ids.shape[1]
     block = (canvas.committed.long().argmin(1) + canvas.offset) // length
     block = torch.where(canvas.committed.all(1), canvas.block, block)
     canvas = replace(canvas, block=block, calls=torch.where(block == canvas.block, canvas.calls, 0))
-    places = (block * length - canvas.offset)[:, None] + torch.arange(length, device=block.device)
-    rows = places.clamp(0, size - 1)
-    return canvas, rows, (rows == places) & ~canvas.committed.gather(1, rows)
+    rows, there = _block(canvas, length)
+    return canvas, rows, there & ~canvas.committed.gather(1, rows)
+
+
+def _block(canvas: Canvas, length: int) -> tuple[Tensor, Tensor]:
+    """The places of each row's active block, [B, K], and which of them are on the canvas."""
+    first = canvas.block * length - canvas.offset if canvas.block_length is not None else torch.zeros_like(canvas.block)
+    places = first[:, None] + torch.arange(length, device=first.device)
+    rows = places.clamp(0, canvas.ids.shape[1] - 1)
+    return rows, rows == places
 
 
 def _corrected(logits: Tensor, now: Tensor, open_: Tensor, temperature: float, number: Tensor) -> Tensor:
@@ -339,8 +355,8 @@ def _written(
     canvas: Canvas, rows: Tensor, tokens: Tensor, open_: Tensor, last: Tensor, correcting: Tensor, corrections: int
 ) -> Canvas:
     """The canvas with `tokens` [B, K] where `open_`, known for good after the `last` call [B]."""
-    ids = _put(canvas.ids, rows, tokens, open_)
-    known = canvas.committed | _put(torch.zeros_like(canvas.committed), rows, open_ & last[:, None], open_)
+    ids = put(canvas.ids, rows, tokens, open_)
+    known = canvas.committed | put(torch.zeros_like(canvas.committed), rows, open_ & last[:, None], open_)
     left = torch.where((ids != canvas.ids).any(1), canvas.post - 1, 0)  # none where nothing has changed
     return replace(
         canvas,
@@ -351,22 +367,6 @@ def _written(
         forwards=canvas.forwards + 1,
         accepted=(known & ~canvas.committed).sum(1),
     )
-
-
-def _put(values: Tensor, rows: Tensor, new: Tensor, where: Tensor) -> Tensor:
-    """`values` [B, N] with `new` [B, K] at `rows` [B, K] where `where`, elsewhere rows are padding."""
-    there = torch.zeros(values.shape, dtype=torch.int64, device=values.device).scatter_add_(1, rows, where.long())
-    found = torch.zeros_like(values, dtype=new.dtype if new.dtype != torch.bool else torch.int64)
-    found = found.scatter_add_(1, rows, new.to(found.dtype) * where)
-    return torch.where(there.bool(), found.to(values.dtype), values)
-
-
-def _for_hearing(canvas: Canvas) -> Canvas:
-    """In a block's first call nothing has been said of it."""
-    if canvas.heard is None:
-        return canvas
-    rows = canvas.heard.rows.masked_fill((canvas.calls == 0)[:, None], -1)
-    return replace(canvas, heard=Heard(rows, canvas.heard.logits))
 
 
 def _wide(level: Level) -> Level:

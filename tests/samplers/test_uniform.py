@@ -18,6 +18,8 @@ from dmllm.samplers.denoise import denoise
 from dmllm.samplers.uniform import uniform
 from dmllm.types import Step, Vocabulary
 from tests.exact import Joint, assert_drawn_from, chi_square, generators, quantile, total_variation
+from tests.samplers.test_blocks import make, prompts, seeds
+from tests.test_as_on_a_gpu import act
 
 WORDS = MASK = 3
 VOCABULARY = Vocabulary(mask=MASK, eos=9, pad=9, size=4)
@@ -253,3 +255,56 @@ def test_the_likelihood_is_the_datas_on_average(options: dict[str, Any]) -> None
 def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fill(model_of(Joint(), {}), {}, 1, 3, **settings)
+
+
+def pipeline_of(visibility: str, options: dict[str, Any]) -> Any:
+    """A random model that undoes random words and hears what it has said."""
+    pipe = make(visibility=visibility)
+    heads = {"self_conditioning": {}}
+    pipe.model.adapt(process="uniform", process_options=options, time_conditioning=True, heads=heads)
+    for name, weight in pipe.model.named_parameters():
+        if weight.ndim > 1 and ("time" in name or "conditioning" in name):
+            torch.nn.init.normal_(weight, std=0.3)
+    return pipe
+
+
+WAYS = [
+    {"temperature": 0.8, "uniform": {"kappa": 0.6}},
+    {"temperature": 0.8, "cfg_scale": 0.5},
+    {"temperature": 0.6, "uniform": {"sampler": "entropy_bound", "bound": 2.0}},
+    {"threshold": 0.3, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("visibility", ["full", "prefix", "block:4"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_row_is_what_it_is_alone_also_as_on_a_gpu(visibility: str, way: dict[str, Any], monkeypatch: Any) -> None:
+    pipe = pipeline_of(visibility, {"noise": "hybrid", "parameterisation": "posterior"})
+    steps = {"block_steps": 4} if visibility == "block:4" else {"steps": 6}
+    (ids, mask), settings = prompts(), {"max_new_tokens": 9, **steps, **way}
+    whole = pipe.generate(ids, mask, generator=seeds(), **settings)
+    for row in (0, 3):
+        own = ids[row : row + 1, : int(mask[row].sum())]
+        alone = pipe.generate(own, generator=seeds()[row : row + 1], **settings)
+        assert torch.equal(alone.sequences[0, own.shape[1] :], whole.sequences[row, ids.shape[1] :])
+        assert int(alone.num_forwards) == int(whole.num_forwards[row])
+    if "cfg_scale" not in way:
+        again = pipe.generate(ids, mask, generator=seeds(), use_cache=False, **settings)
+        assert torch.equal(again.sequences, whole.sequences)
+    act(monkeypatch)
+    late = pipe.generate(ids, mask, generator=seeds(), **settings)
+    assert torch.equal(late.sequences, whole.sequences)
+    assert torch.equal(late.num_forwards, whole.num_forwards)
+
+
+def test_what_was_said_is_heard() -> None:
+    pipe = pipeline_of("full", {})
+    (ids, mask), settings = prompts(), {"max_new_tokens": 9, "steps": 6, "temperature": 0.8}
+    heard = pipe.generate(ids, mask, generator=seeds(), **settings).sequences
+    torch.nn.init.zeros_(pipe.model.heads["self_conditioning"].proj.weight)
+    assert not torch.equal(pipe.generate(ids, mask, generator=seeds(), **settings).sequences, heard)
+    del pipe.model.heads["self_conditioning"]
+    deaf = pipe.generate(ids, mask, generator=seeds(), **settings).sequences
+    pipe = pipeline_of("full", {})
+    torch.nn.init.zeros_(pipe.model.heads["self_conditioning"].proj.weight)
+    assert torch.equal(pipe.generate(ids, mask, generator=seeds(), **settings).sequences, deaf)
