@@ -27,7 +27,7 @@ SHIPPED = [
 # Downward only; rooms of one level do not import each other, but for the pairs listed below.
 LEVELS = {
     "types": 0, "config": 0, "registry": 0,
-    "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1,
+    "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1, "image_vocabulary": 1,
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
     "requests": 3, "replies": 4, "encoded": 4, "computed": 4, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4,

@@ -89,7 +89,7 @@ def describe(model: MultimodalModel, tiling: TilingConfig | None) -> dict[str, s
     family = None if config.family is None else FAMILIES.load(config.family)
     seen = config.visibility == "full"
     image = "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}"
-    if family is not None and family.image_vocabulary and (codes := family.image_vocabulary(config.published or {})):
+    if codes := getattr(config, "images", None):
         image = f"{codes.size} codes of an image tokenizer, from id {codes.offset} on"
     return {
         "family": "none: made with dmllm" if family is None else f"{family.name}: {family.title}",

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from dmllm.checkpoints.native import draw_native
-from dmllm.checkpoints.published import write_published
+from dmllm.checkpoints.published import config_of, write_published
 from dmllm.checkpoints.tokenizer import byte_tokenizer
 from dmllm.config import read_yaml
 from dmllm.families import FAMILIES, Family
-from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
 
 GROWTH = 4  # of every width, of the number of heads and of layers, from tiny to small; heads stay as wide
@@ -61,7 +60,7 @@ def write_example(family_name: str, out: str | Path, *, size: str = "tiny", seed
 
 
 def _drawn(family: Family, fields: Mapping[str, Any]) -> MultimodalModel:
-    model = MultimodalModel(DmllmConfig(**family.config(fields), family=family.name, published=dict(fields)))
+    model = MultimodalModel(config_of(family, fields))
     model.initialise()
     with torch.no_grad():  # what begins as nothing (a DiT's last matrix) would answer nothing
         for weight in model.parameters():

@@ -39,7 +39,7 @@ def read_published(
         FileNotFoundError: a shard is missing.
     """
     try:
-        ours = DmllmConfig(**family.config(config), family=family.name, published=dict(config))
+        ours = config_of(family, config)
         check_fields(config)
         with init_empty_weights(include_buffers=False):
             model = MultimodalModel(ours)
@@ -56,6 +56,13 @@ def read_published(
     ours.published_names = filling.chosen_names()
     placed: Any = model  # its buffers too
     return placed.to(device).eval()
+
+
+def config_of(family: Family, published: Mapping[str, Any]) -> DmllmConfig:
+    """What a family's config.json is in ours. Its `image_vocabulary`, which no author writes, is over the family's."""
+    theirs = {key: value for key, value in published.items() if key != "image_vocabulary"}
+    images = published.get("image_vocabulary") or (family.image_vocabulary and family.image_vocabulary(theirs))
+    return DmllmConfig(**family.config(theirs), family=family.name, published=theirs, image_vocabulary=images or None)
 
 
 class _Filling:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmllm.families.image_vocabulary import ImageVocabulary
+from dmllm.image_vocabulary import ImageVocabulary
 
 Fields = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 from dmllm.families.family import Family, Fields
-from dmllm.families.image_vocabulary import ImageVocabulary
 from dmllm.families.llada import EXAMPLE, KEYS, to_dmllm
+from dmllm.image_vocabulary import ImageVocabulary
 
 MASK = 126336
 CLASS = "LLaDAForMultiModalGeneration"
@@ -31,6 +31,10 @@ IMAGES = ImageVocabulary(
     end=126350,
     mask=MASK,
     newline=126084,
+    draw_text="<system>Generate an image according to the text prompt.</system><user>{}</user>",
+    edit_text="<system>Generate an image applying the following editing instruction based on the original image."
+    "</system><user>{}</user>",
+    edit_end=1,
     unconditional=126351,
     answer=(126354, 126355),
 )

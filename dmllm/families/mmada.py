@@ -16,8 +16,8 @@ Not seen: the config.json on the hub. Its fields are taken to be those that the 
 from __future__ import annotations
 
 from dmllm.families.family import Family, Fields
-from dmllm.families.image_vocabulary import ImageVocabulary
 from dmllm.families.llada import CHAT_TEMPLATE, EXAMPLE, KEYS, to_dmllm
+from dmllm.image_vocabulary import ImageVocabulary
 
 MASK = 126336
 IMAGES = ImageVocabulary(
@@ -27,7 +27,9 @@ IMAGES = ImageVocabulary(
     end=126085,
     mask=MASK,
     understand=(126089,),
-    draw=(126088,),
+    draw=(126088, 126080),
+    draw_end=(126081,),
+    draw_length=513,
     pad=126093,
 )
 

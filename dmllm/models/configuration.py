@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from dmllm.image_vocabulary import ImageVocabulary
 from dmllm.nn.visibility import check_layout
 from dmllm.types import SpecialTokens
 
@@ -23,6 +25,7 @@ class DmllmConfig(PreTrainedConfig):
     shift: whether a token is predicted by the row before it (Dream); logits are aligned all the same.
     process, process_options: what the model undoes, a name of `samplers.PROCESSES` and, where it has any, its options.
     heads: what it says beside the logits, name -> options (`models.heads`).
+    image_vocabulary: where pictures stand as codes among the tokens, the fields of `ImageVocabulary`; null: nowhere.
     family, published: for a model that came from a published checkpoint, the name of its family and the config.json it
         had, so that it can be written back. published_names: where the family has several names for a weight, that
         checkpoint's.
@@ -47,6 +50,7 @@ class DmllmConfig(PreTrainedConfig):
         process: str = "absorbing",
         process_options: dict[str, Any] | None = None,
         heads: dict[str, dict[str, Any]] | None = None,
+        image_vocabulary: ImageVocabulary | dict[str, Any] | None = None,
         family: str | None = None,
         published: dict[str, Any] | None = None,
         published_names: list[str] | None = None,
@@ -66,6 +70,7 @@ class DmllmConfig(PreTrainedConfig):
         self.process = process
         self.process_options = process_options or {}
         self.heads = heads or {}
+        self.image_vocabulary = None if image_vocabulary is None else asdict(ImageVocabulary.of(image_vocabulary))
         self.family = family
         self.published = published
         self.published_names = published_names or []
@@ -79,3 +84,8 @@ class DmllmConfig(PreTrainedConfig):
         return SpecialTokens(
             mask=self.mask_token_id, eos=self.eos_token_id, pad=self.pad_token_id, image=self.image_token_id
         )
+
+    @property
+    def images(self) -> ImageVocabulary | None:
+        """Where pictures stand as codes among the tokens; None: nowhere."""
+        return None if self.image_vocabulary is None else ImageVocabulary.of(self.image_vocabulary)

@@ -38,10 +38,10 @@ from dmllm.types import PADDING, ROW_BREAK, TEXT, Vocabulary
 
 @dataclass
 class MultimodalOutput(ModelOutput):
-    """logits [B, L, V], or at the rows asked for; hidden [B, L, D]; aux: the backbone's further losses by name; heads:
-    what further heads say, by name."""
+    """logits [B, L, V], or at the rows asked for, or a tuple of those of several parts; hidden [B, L, D]; aux: the
+    backbone's further losses by name; heads: what further heads say, by name."""
 
-    logits: Tensor | None = None
+    logits: Any = None
     hidden: Tensor | None = None
     aux: dict[str, Tensor] | None = None
     heads: dict[str, Tensor] | None = None
@@ -171,6 +171,7 @@ class MultimodalModel(PreTrainedModel):
         cache: KVCache | None = None,
         time: Tensor | None = None,
         rows: Tensor | None = None,
+        parts: Sequence[tuple[Tensor, tuple[int, int]]] = (),
         inputs_embeds: Tensor | None = None,
         heads: Mapping[str, Tensor] | None = None,
         latents: Tensor | Callable[[Any], Tensor] | None = None,
@@ -193,6 +194,9 @@ class MultimodalModel(PreTrainedModel):
             visibility: who sees whom; without it, the config's layout with the rows of `canvas` [B, L] bool being
                 denoised (all of them, if that is not said either).
             rows: None for logits [B, L, V]; [B, K] for logits [B, K, V]; flat [N] into B * L for logits [N, V].
+            parts: in place of `rows`, several of them, each with the first id and the one behind the last that may
+                stand there: logits is a tuple, of each part [B, K, ids] or [N, ids], and no other rows of the
+                vocabulary are read.
             heads: by name, the rows (as `rows`) at which further heads are asked, which read what logits are made of.
             latents: [B, L, F], what stands in place of tokens where `latent_rows` [B, L] (see `enter`); or what makes
                 it of the model's `space`, here, where weights that several processes share are whole.
@@ -221,7 +225,10 @@ class MultimodalModel(PreTrainedModel):
             return gather_rows(output.hidden, asked)
 
         said = {name: self.heads[name](aligned(asked), self.backbone) for name, asked in (heads or {}).items()}
-        logits = self.backbone.unembed(aligned(rows))
+        if parts:
+            logits = tuple(self.backbone.unembed(aligned(asked), words) for asked, words in parts)
+        else:
+            logits = self.backbone.unembed(aligned(rows))
         return MultimodalOutput(logits=logits, hidden=output.hidden, aux=output.aux, heads=said or None)
 
     def adapt(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 AT_ONCE = 1 << 20  # numbers of the matrix, 4 MB
 
@@ -31,3 +32,13 @@ class Unembedding(nn.Linear):
             part = slice(start, start + slices)
             torch.mm(rows, weight[part].t(), out=out[:, part])
         return out.unflatten(0, input.shape[:-1])
+
+
+def unembed(head: nn.Linear, hidden: Tensor, words: tuple[int, int] | None = None) -> Tensor:
+    """`head(hidden)`, [..., D] -> [..., V]; or its columns from the first of `words` to before the last, of which alone
+    the rows of the matrix are read."""
+    if words is None or words == (0, head.out_features):
+        return head(hidden)
+    first, end = words
+    bias = None if head.bias is None else head.bias[first:end]
+    return F.linear(hidden, head.weight[first:end], bias)

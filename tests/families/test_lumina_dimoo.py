@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import dmllm
 from dmllm.checkpoints.published import write_published
 from dmllm.families import FAMILIES, family_of
-from dmllm.families.image_vocabulary import ImageVocabulary
 from dmllm.families.lumina_dimoo import CHAT_TEMPLATE, IMAGES, LUMINA_DIMOO, SYSTEM, decode_of, image_vocabulary
+from dmllm.image_vocabulary import ImageVocabulary
 from dmllm.objectives import build_objective
 from tests.families.recorded import corrupted, mean
 

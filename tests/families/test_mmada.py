@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import dmllm
 from dmllm.checkpoints.published import write_published
 from dmllm.families import FAMILIES, family_of
-from dmllm.families.image_vocabulary import ImageVocabulary
+from dmllm.image_vocabulary import ImageVocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mmada"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")

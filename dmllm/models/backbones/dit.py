@@ -26,6 +26,7 @@ from dmllm.nn.cache import KVCache
 from dmllm.nn.feed_forward import GELUFeedForward
 from dmllm.nn.ragged import Ragged
 from dmllm.nn.rope import rotary_tables
+from dmllm.nn.unembedding import unembed
 from dmllm.nn.visibility import Visibility
 
 NOISE_EPS = 1e-3  # sigma(t) = -log(1 - (1 - eps) t), so that sigma(1) is finite
@@ -140,9 +141,9 @@ class DiT(nn.Module):
         """Token ids [...] -> embeddings [..., D]."""
         return self.embed_tokens(ids)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Hidden rows [..., D] -> logits [..., V]."""
-        return self.lm_head(hidden)
+    def unembed(self, hidden: Tensor, words: tuple[int, int] | None = None) -> Tensor:
+        """Hidden rows [..., D] -> logits [..., V]; or of the ids from the first of `words` to before the last."""
+        return unembed(self.lm_head, hidden, words)
 
     def forward(
         self,

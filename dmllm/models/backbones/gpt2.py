@@ -20,6 +20,7 @@ from dmllm.nn.cache import KVCache
 from dmllm.nn.feed_forward import GELUFeedForward
 from dmllm.nn.ragged import Ragged
 from dmllm.nn.rope import places
+from dmllm.nn.unembedding import unembed
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -99,9 +100,9 @@ class GPT2Transformer(nn.Module):
         """Token ids [...] -> embeddings [..., D], to which `forward` adds those of the positions."""
         return self.embed_tokens(ids)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Hidden rows [..., D] -> logits [..., V]."""
-        return self.lm_head(hidden)
+    def unembed(self, hidden: Tensor, words: tuple[int, int] | None = None) -> Tensor:
+        """Hidden rows [..., D] -> logits [..., V]; or of the ids from the first of `words` to before the last."""
+        return unembed(self.lm_head, hidden, words)
 
     def forward(
         self,

@@ -26,7 +26,7 @@ from dmllm.nn.norms import RMSNorm
 from dmllm.nn.ragged import Compact, EndToEnd, Ragged, compact, ragged
 from dmllm.nn.rope import Stretch, places, rotary_tables
 from dmllm.nn.time import TimeEmbedding
-from dmllm.nn.unembedding import Unembedding
+from dmllm.nn.unembedding import Unembedding, unembed
 from dmllm.nn.visibility import Visibility
 from dmllm.types import PADDING
 
@@ -226,9 +226,9 @@ class Transformer(nn.Module):
         """Token ids [...] -> embeddings [..., D]."""
         return self.embed_tokens(ids)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Hidden rows [..., D] -> logits [..., V]."""
-        return self.lm_head(hidden)
+    def unembed(self, hidden: Tensor, words: tuple[int, int] | None = None) -> Tensor:
+        """Hidden rows [..., D] -> logits [..., V]; or of the ids from the first of `words` to before the last."""
+        return unembed(self.lm_head, hidden, words)
 
     def forward(
         self,

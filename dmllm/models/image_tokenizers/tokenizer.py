@@ -2,7 +2,7 @@
 
 An encoder turns pixels into a grid of latent vectors, a quantiser puts the nearest of `num_codes` vectors in the place
 of each, a decoder draws the picture from them. Codes are 0 .. num_codes - 1; whoever owns the vocabulary adds where
-they begin (`families.image_vocabulary`).
+they begin (`dmllm.image_vocabulary`).
 
 Pictures are uint8 outside and floats in `pixel_range` inside. Gradients pass the quantiser straight: the vectors that
 were chosen hand theirs on to those that were given.
