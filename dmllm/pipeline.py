@@ -22,9 +22,10 @@ from dmllm.constraints import Constraints
 from dmllm.data.collate import collate
 from dmllm.encoded import ROOM
 from dmllm.infilling import conversations_of, infill
+from dmllm.likelihoods import likelihoods
 from dmllm.logits import aligned_logits
 from dmllm.nn.graphs import Workspaces
-from dmllm.predictor import decode, likelihoods, prepare
+from dmllm.predictor import decode, prepare
 from dmllm.replies import Generated, Reply, answered, replies_of
 from dmllm.requests import Asked, Seeds, prompts_of, row_generators, rows_of_ids, split_requests
 from dmllm.samplers.config import DecodeConfig, decode_config
@@ -229,7 +230,7 @@ class Pipeline:
         generator: Seeds = None,
         use_cache: bool | None = None,
     ) -> Tensor:
-        """log p(answer | prompt, images) of each row in nats, [B] float64 (`predictor.likelihoods`).
+        """log p(answer | prompt, images) of each row in nats, [B] float64 (`dmllm.likelihoods`).
 
         Args:
             input_ids, attention_mask, images: the prompts, as for `generate`.

@@ -27,7 +27,7 @@ from dmllm.computed import Kept
 from dmllm.data.answers import completed
 from dmllm.data.chat import as_messages
 from dmllm.nn.visibility import ORDERED, check_layout
-from dmllm.predictor import keeps_cache, stream_of
+from dmllm.prompted import keeps_cache, stream_of
 from dmllm.registry import nearest
 from dmllm.samplers import check_masks
 from dmllm.samplers.canvas import Canvas
@@ -86,7 +86,7 @@ class Question:
         self.block_length = 1 if kind == "causal" else check_layout(kind)
         kind = kind if self.block_length is None else f"block:{self.block_length}"
         cached, self.ordered = keeps_cache(model, prompt, kind, use_cache), kind == ORDERED
-        given = {"cached": cached, "masked": mask_id if cfg_scale else None, "kept": kept}
+        given = {"cached": cached, "blank": mask_id if cfg_scale else None, "kept": kept}
         self.stream = stream_of(model, prompt, longest, kind, streams=2 if self.ordered else 1, **given)
         self.given = prompt.input_ids.shape[1]
         if cached:

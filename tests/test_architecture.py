@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 import dmllm
+from dmllm.objectives import OBJECTIVES
 from dmllm.registry import Table
+from dmllm.samplers import PROCESSES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dmllm"
@@ -30,18 +32,19 @@ LEVELS = {
     "hub": 1, "diffusion": 1, "nn": 1, "tiling": 1, "image_vocabulary": 1,
     "models": 2, "data": 2,
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
-    "requests": 3, "replies": 4, "encoded": 4, "computed": 4, "predictor": 4, "logits": 4, "scoring": 4, "infilling": 4,
-    "pipeline": 4, "constraints": 4, "animation": 4, "auto": 4, "growing": 4,
+    "requests": 3, "replies": 4, "encoded": 4, "computed": 4, "prompted": 4, "likelihoods": 4, "predictor": 4,
+    "logits": 4, "scoring": 4, "infilling": 4, "pipeline": 4, "constraints": 4, "animation": 4, "auto": 4, "growing": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 SIBLINGS = {
     ("config", "registry"), ("checkpoints", "families"), ("computed", "encoded"), ("logits", "encoded"),
-    ("predictor", "computed"), ("scoring", "computed"), ("scoring", "predictor"), ("infilling", "predictor"),
+    ("prompted", "computed"), ("likelihoods", "computed"), ("likelihoods", "prompted"), ("predictor", "computed"),
+    ("predictor", "prompted"), ("scoring", "computed"), ("scoring", "prompted"), ("infilling", "predictor"),
     ("infilling", "scoring"), ("infilling", "growing"), ("growing", "predictor"),
     ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
-    *(("pipeline", part) for part in ("predictor", "constraints", "logits", "scoring", "infilling")),
+    *(("pipeline", part) for part in ("predictor", "likelihoods", "constraints", "logits", "scoring", "infilling")),
 }  # fmt: skip
 OPTIONAL = {
     "timm", "open_clip", "torchvision", "matplotlib", "sklearn", "pycocoevalcap", "datasets", "wandb", "trackio",
@@ -136,7 +139,17 @@ def test_imports_inside_functions_are_optional_dependencies(path):
                     assert allowed, f"{path.name}:{node.lineno} imports {name} inside {function.name}"
 
 
-@pytest.mark.parametrize("part", ["models/backbones", "models/multimodal.py", "training/loop.py", "pipeline.py"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "models/backbones",
+        "models/multimodal.py",
+        "training/loop.py",
+        "samplers/denoise.py",
+        "predictor.py",
+        "pipeline.py",
+    ],
+)
 def test_backbone_loop_and_pipeline_name_no_paradigm(part):
     """What is learned is the objective's affair alone: no import of one, no branch on its name."""
     where = PACKAGE / part
@@ -147,7 +160,7 @@ def test_backbone_loop_and_pipeline_name_no_paradigm(part):
         assert not named, f"{path.name} imports {named}"
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                paradigms = {"masked", "autoregressive", "block", "permutation", "uniform", "mlm"}
+                paradigms = {*OBJECTIVES, *PROCESSES} - {"absorbing"}  # what a config that names none undoes
                 assert node.value not in paradigms, f"{path.name}:{node.lineno} names {node.value!r}"
 
 

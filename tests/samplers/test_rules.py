@@ -137,12 +137,12 @@ def test_a_factor_takes_the_most_tokens_that_are_sure_for_their_number(seed: int
     logits, asked = sharp * torch.randn(3, 6, 9, generator=draws), torch.rand(3, 6, generator=draws) < 0.7
     seen = estimate(logits, 8, DecodeConfig())
     for row, taken in enumerate(factor(seen, asked, scale)):
-        probs = sorted((1 - seen.against[row, asked[row]]).tolist(), reverse=True)
-        passing = [n for n in range(1, len(probs) + 1) if n == 1 or probs[n - 1] >= 1 - scale / (n + 1)]
+        against = seen.against[row, asked[row]].sort().values.tolist()  # 1 - p, which does not round to nothing
+        passing = [n for n in range(1, len(against) + 1) if n == 1 or against[n - 1] <= scale / (n + 1)]
         most = max(passing, default=0)
-        most += most == len(probs) - 1  # a single one is not left over
+        most += most == len(against) - 1  # a single one is not left over
         assert int(taken.sum()) == most
-        assert sorted((1 - seen.against[row, taken]).tolist(), reverse=True) == probs[:most]
+        assert seen.against[row, taken].sort().values.tolist() == against[:most]
         assert not (taken & ~asked[row]).any()
 
 
