@@ -80,4 +80,9 @@ def _named(job: Job) -> tuple[Job, dict[str, Any]]:
     try:
         return job, run(job)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        raise ValueError(f"{job.name}: {error}") from None
+        told = (
+            f" For another comparison give another --out, or delete {job.folder}."
+            if "holds a run" in str(error)
+            else ""
+        )
+        raise ValueError(f"{job.name}: {error}{told}") from None

@@ -77,7 +77,8 @@ def _learned(study: str, runs: dict[str, Any], said: str) -> Section:
     return Section(
         study=study,
         title="What learned",
-        note=f"{said} Time is that of one processor.".strip(),
+        note=f"{said} Time is that of one processor; what another has seen, from which one started, is not "
+        "counted.".strip(),
         head=["paradigm", "objective", "started from", "parameters", "examples seen", "ms a step", "seeds"],
         rows=rows,
     )
