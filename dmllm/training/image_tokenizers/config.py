@@ -53,10 +53,10 @@ class PicturesConfig:
 class LossesConfig:
     """The coefficient of each loss; 0 leaves it out. Differences are between pixels from -1 to 1."""
 
-    l1: float = 1.0
-    """Mean absolute difference: sharp edges."""
-    l2: float = 0.0
-    """Mean squared difference: the best PSNR."""
+    l1: float = 0.0
+    """Mean absolute difference: it lets go of what is rare, and draws the rest the sharper for it."""
+    l2: float = 1.0
+    """Mean squared difference, which is what PSNR counts, and the faster beginning."""
     quantiser: float = 1.0
     """Of all losses of the quantiser together, which have coefficients of their own; fsq has none."""
     perceptual: float = 0.0

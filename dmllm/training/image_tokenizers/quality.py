@@ -1,7 +1,7 @@
 """How good a tokenizer is: how much of a picture comes back, and how many of its codes are in use.
 
 PSNR: 10 log10(255^2 / mean squared difference), in dB, the mean over pictures. SSIM: Wang et al., 2004, with their
-Gaussian window of 11 pixels, the mean over channels, places and pictures; 1 is the same picture. Both are of what
+Gaussian window of 11 pixels where it fits, the mean over channels and places; 1 is the same picture. Both are of what
 `decode` draws, uint8. Perplexity is the number of codes that, equally often used, would have the entropy found.
 Shapes: B pictures of H x W pixels.
 """
