@@ -77,12 +77,58 @@ class Polynomial:
         return noise_prob ** (1 / self.power)
 
 
+@dataclass(frozen=True)
+class Concave:
+    """alpha = (1 - t)^power; weight power (1 - t)^(power - 1) / (1 - alpha): MaskGIT's square, cubic, ... (table 3)."""
+
+    power: float = 2.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t) ** self.power
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        return -self.power * (1 - t) ** (self.power - 1)
+
+    def time(self, noise_prob: Tensor) -> Tensor:
+        return 1 - (1 - noise_prob) ** (1 / self.power)
+
+
+@dataclass(frozen=True)
+class Cubic(Concave):
+    """alpha = (1 - t)^3."""
+
+    power: float = 3.0
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """What is masked rises as a sigmoid over [-width, width] does (Chen, arXiv:2301.10972; 3 in Show-o and MMaDA)."""
+
+    width: float = 3.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        low, high = (torch.sigmoid(torch.tensor(end)) for end in (-self.width, self.width))
+        return (torch.sigmoid(self.width * (1 - 2 * t)) - low) / (high - low)
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        low, high = (torch.sigmoid(torch.tensor(end)) for end in (-self.width, self.width))
+        value = torch.sigmoid(self.width * (1 - 2 * t))
+        return -2 * self.width * value * (1 - value) / (high - low)
+
+    def time(self, noise_prob: Tensor) -> Tensor:
+        low, high = (torch.sigmoid(torch.tensor(end)) for end in (-self.width, self.width))
+        return (1 - torch.logit(low + (1 - noise_prob) * (high - low)) / self.width) / 2
+
+
 SCHEDULES = Table(
     "noise schedule",
     {
         "linear": "dmllm.diffusion.schedules:Linear",
         "cosine": "dmllm.diffusion.schedules:Cosine",
         "polynomial": "dmllm.diffusion.schedules:Polynomial",
+        "square": "dmllm.diffusion.schedules:Concave",
+        "cubic": "dmllm.diffusion.schedules:Cubic",
+        "sigmoid": "dmllm.diffusion.schedules:Sigmoid",
     },
 )
 

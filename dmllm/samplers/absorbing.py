@@ -12,10 +12,11 @@ import torch
 from torch import Generator, Tensor
 
 from dmllm.samplers.canvas import Canvas, ends_at, reply_length
-from dmllm.samplers.config import REMASKING, DecodeConfig
+from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.constraint import Constraint
-from dmllm.samplers.draws import numbers
+from dmllm.samplers.draws import numbers, of_authors
 from dmllm.samplers.estimate import Estimate, Heard, estimate
+from dmllm.samplers.maskgit import doubts
 from dmllm.samplers.process import Predict, Process
 from dmllm.samplers.quota import most, noise_level, quota
 from dmllm.samplers.revoke import masked_again, revoked, with_confidence
@@ -49,6 +50,8 @@ def advance(
         rows, asked, slots = _in_line(canvas, config, rows, asked, slots, left, uniform[1], length)
         uniform = [numbers.gather(1, slots) for numbers in drawn]
     logits, guided = predict(canvas, rows), None
+    if config.sampling != "inverse":
+        uniform = of_authors(config.sampling, draws, logits, asked, slots, length, config.draws_tokens)
     if constraint is not None:
         guided = constraint(canvas, config, logits, rows, asked, uniform[0], full[:, 0])
         logits = guided.logits
@@ -90,10 +93,10 @@ def _choose(
     length: int,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, K] and where they are committed, [B, K] bool: the least doubtful of what is asked for."""
-    doubt = REMASKING.load(config.remasking)(seen, uniform)
+    steps = config.steps_per_block(canvas.ids.shape[1])
+    doubt = doubts(canvas, config, seen, rows, uniform, steps)
     for token in config.distrust_ids:
         doubt = doubt.masked_fill(seen.tokens == token, torch.finfo(doubt.dtype).max)
-    steps = config.steps_per_block(canvas.ids.shape[1])
     sure = accepted(seen, doubt, asked, config, canvas.stable.gather(1, rows), (canvas.calls + 1) / steps)
     least = quota(canvas, config, asked, left, uniform, length)
     if sure is not None and config.schedule == "carried":
@@ -210,7 +213,9 @@ def _in_line(
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of what `_open_rows` found, the places whose turn it is."""
-    doubt = torch.zeros_like(uniform) if config.remasking == "sequential" else uniform
+    doubt = uniform
+    if config.remasking == "sequential":
+        doubt = torch.zeros_like(uniform) if canvas.order is None else canvas.order.gather(1, rows).float()
     chosen = choose(doubt, None, asked, quota(canvas, config, asked, left, uniform, length))
     if not is_static(rows.device):
         width = max(int(chosen.sum(1).max()), 1)
@@ -242,7 +247,8 @@ def _draw(
             return numbers(draws, block_length, device)
         return torch.zeros(len(draws), block_length, dtype=torch.float64, device=device)
 
-    return own(config.draws_tokens), own(config.draws_order)
+    alone = config.sampling == "inverse"
+    return own(config.draws_tokens and alone), own(config.draws_order and alone)
 
 
 ABSORBING = Process(advance, finished, masks=True)

@@ -30,6 +30,7 @@ PER_ROW = (
     "closed",
     "owed",
     "latents",
+    "order",
 )
 
 
@@ -71,6 +72,8 @@ class Canvas:
     owed: Tensor | None = None  # [B, 2] float64: what rounding has left over of masks to be inserted, and to be filled
     latents: Tensor | None = None  # [B, N, F]: what stands in place of tokens that are not known, for `space` to enter
     space: Any = None  # where tokens are vectors: the model's head for them (`models.latent.Latent`)
+    order: Tensor | None = None  # [B, N] int64: when the turn of each place is, of a canvas with an order
+    parts: tuple[Canvas, ...] = ()  # of a canvas of several modalities, or of one that is not the whole of it
     block_length: int | None = None  # of a canvas that is made of whole blocks; None is the configuration's
 
     @staticmethod
@@ -113,7 +116,9 @@ class Canvas:
     def take(self, rows: Tensor) -> Canvas:
         """Some rows of the batch, `rows` [B'] int64."""
         heard, drafts = (None if own is None else own.take(rows) for own in (self.heard, self.drafts))
-        return replace(self, heard=heard, drafts=drafts, **{name: getattr(self, name)[rows] for name in self._per_row})
+        parts = tuple(part.take(rows) for part in self.parts)
+        own = {name: getattr(self, name)[rows] for name in self._per_row}
+        return replace(self, heard=heard, drafts=drafts, parts=parts, **own)
 
     def keep(self, rows: Tensor, before: Canvas) -> Canvas:
         """This canvas, but the rows `rows` [B] bool as they were `before`, of the same requests."""
@@ -122,14 +127,17 @@ class Canvas:
             new, old = getattr(self, name), getattr(before, name)
             return torch.where(rows.view(-1, *(1 for _ in new.shape[1:])), old, new)
 
-        return replace(self, **{name: choose(name) for name in self._per_row if name != "requests"})
+        parts = tuple(now.keep(rows, then) for now, then in zip(self.parts, before.parts, strict=True))
+        return replace(self, parts=parts, **{name: choose(name) for name in self._per_row if name != "requests"})
 
     def put(self, part: Canvas) -> Canvas:
         """This first canvas with the rows of `part` in their places: the inverse of `take`."""
         if part.requests is self.requests:
             return part
         there = part.requests
-        return replace(self, **{n: getattr(self, n).index_copy(0, there, getattr(part, n)) for n in self._per_row})
+        parts = tuple(mine.put(own) for mine, own in zip(self.parts, part.parts, strict=True))
+        own = {n: getattr(self, n).index_copy(0, there, getattr(part, n)) for n in self._per_row}
+        return replace(self, parts=parts, **own)
 
     def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor, *, edit: bool = False) -> Canvas:
         """Write `tokens` [B, K] at positions `rows` [B, K] where `chosen` [B, K].

@@ -14,7 +14,7 @@ from typing import Any
 from dmllm.nn.visibility import check_layout
 from dmllm.registry import Table, nearest
 from dmllm.samplers.policy import CachePolicy
-from dmllm.samplers.schedules import CURVES, check_process
+from dmllm.samplers.schedules import CURVES, MASKGIT, check_process
 
 REMASKING = Table(
     "remasking rule",
@@ -27,7 +27,7 @@ REMASKING = Table(
         "sequential": "dmllm.samplers.rules:sequential",
     },
 )
-SCHEDULES = ["even", "fixed", "carried", "time", "first_hitting", "confident", *CURVES]
+SCHEDULES = ["even", "fixed", "carried", "time", "first_hitting", "confident", *CURVES, *MASKGIT]
 OPTIONAL = {  # what None says
     "threshold": "the quota alone",
     "factor": "the quota alone",
@@ -71,18 +71,29 @@ class DecodeConfig:
     last (Dream's quota). first_hitting: one, drawn, at the time drawn for it (BD3-LM). confident: what is surer than
     `threshold`; where nothing is, the same as time from the share t that is open to the next time s at which that is a
     token or more, or the last (Dimple's confident decoding). linear, shift, cosine, logit_normal: the steps of that
-    curve, the largest ones last for `shift` above 1 (LaViDa)."""
+    curve, the largest ones last for `shift` above 1 (LaViDa). maskgit: all but the share of what was open at first that
+    `noise_schedule` leaves; maskgit_fixed: but that share of the block, and one until the last call (MMaDA)."""
     shift: float = 3.0
     """Of `schedule: shift`: the curve is shift t / (1 + (shift - 1) t); 1 is linear."""
     eps: float = 1e-3
     """Where the times of `schedule: time` end: linspace(1, eps, calls + 1)."""
     noise_schedule: str = "linear"
-    """How much is masked at a time: linear (t itself), cosine, polynomial, as in training. `schedule: time` goes from
-    what is masked at t to what is at s, in place of t and s; a model conditioned on time is told t."""
+    """How much is masked at a time: linear (t itself), cosine, polynomial, square, cubic, sigmoid, as in training.
+    `schedule: time` goes from what it masks at t to that at s, not from t to s; a model may be told t."""
     remasking: str = "low_confidence"
     """Which tokens come first: low_confidence (those of highest probability; Dream's maskgit_plus), margin (over the
-    runner-up; topk_margin), entropy (lowest), random, sequential (leftmost), origin (random; under `schedule: time`
-    each by itself with probability 1 - s/t, as in the diffusion process); or your own rule as "module:function"."""
+    runner-up; topk_margin), entropy (lowest), random, sequential (leftmost, or as a canvas says), origin (random; under
+    `schedule: time` each by itself with probability 1 - s/t, as in the diffusion process); or your own rule as
+    "module:function"."""
+    order_temperature: float = 0.0
+    """Gumbel noise of this scale on the logarithm of the probability by which low_confidence ranks (MaskGIT's choice
+    temperature); 0 is none."""
+    order_cooling: str = "linear"
+    """How it fades: linear (times the share of calls to come; MaskGIT), compounding (by that at each call; MMaDA),
+    constant (Lumina-DiMOO)."""
+    sampling: str = "inverse"
+    """What a token is drawn by: inverse (one random number each, so that no other row changes it), multinomial or
+    gumbel (one for each word, in the order of the codes of MMaDA and Lumina-DiMOO, whose tokens it then gives)."""
     threshold: float | None = None
     """Also commit every token at least this probable, so that a step may commit many; None is the quota alone."""
     factor: float | None = None
@@ -180,7 +191,7 @@ class DecodeConfig:
             _whole(name, getattr(self, name), least=1, optional=name != "max_new_tokens")
         for name in ("max_post_steps", "speculate"):
             _whole(name, getattr(self, name), least=0, optional=False)
-        for name in (*OPTIONAL, "eps", "eta", "temperature", "top_p", "cfg_scale"):
+        for name in (*OPTIONAL, "eps", "eta", "order_temperature", "temperature", "top_p", "cfg_scale"):
             value, optional = getattr(self, name), name in OPTIONAL
             if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name}={value!r} must be a number{' or None' if optional else ''}.")
@@ -302,7 +313,8 @@ class DecodeConfig:
     @property
     def draws_order(self) -> bool:
         """Whether the order in which tokens are committed is; a rule of one's own may draw."""
-        return self.remasking not in ("low_confidence", "margin", "entropy", "sequential")
+        ranked = ("low_confidence", "margin", "entropy", "sequential")
+        return self.remasking not in ranked or self.order_temperature > 0
 
     @property
     def post_steps(self) -> int:

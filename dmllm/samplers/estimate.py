@@ -75,7 +75,8 @@ def estimate(
 
     Args:
         logits: [B, K, V], left as they are.
-        uniform: [B, K] float64 in [0, 1), one number a position; needed at temperature > 0.
+        uniform: [B, K] float64 in [0, 1), one number a position; needed at temperature > 0. Or [B, K, V], what is added
+            to the logarithm of each token's probability before the greatest is taken (Gumbel noise).
         heard: the last call's logits, to be compared with those of the same positions; `rows` [B, K] are these.
         given: [B, K] int64, tokens to be judged in place of a choice, which is made where this is -1.
     """
@@ -84,7 +85,7 @@ def estimate(
     width = logits.shape[-1] if logits.is_cuda else -(-logits.shape[-1] // GROUP) * GROUP
     buffers = torch.empty(2, min(at_once, max(len(flat), 1)), width, device=logits.device)
     buffers[0, :, logits.shape[-1] :] = -torch.inf
-    numbers = None if uniform is None else uniform.flatten()
+    numbers = None if uniform is None else uniform.flatten(0, 1)
     place, met = (x.flatten() for x in heard.places(rows)) if heard is not None and rows is not None else (None, None)
     unknown = torch.full((len(flat),), torch.inf, device=logits.device)
     parts = []
@@ -124,7 +125,7 @@ def _read(
         for token in config.distrust_ids:
             scores[:, token] = -torch.inf
         highest, top = _greatest(padded)
-    if config.count_mask:
+    if config.count_mask and mask_id < scores.shape[1]:
         scores[:, mask_id] = logits[:, mask_id].float().minimum(highest + MOST)
     torch.softmax(padded, -1, out=probs)
     first = probs.gather(-1, top[:, None]).squeeze(-1)  # at least exp(-MOST) / V
@@ -159,7 +160,7 @@ def _divergence(now: Tensor, before: Tensor, mask_id: int, config: DecodeConfig)
     """KL(now || before) in nats, [C], of what the logits [C, V] say of the tokens that may be chosen."""
     p, q = (logits.to(torch.float32, copy=True) for logits in (now, before))
     for scores in (p, q):
-        if not config.count_mask:
+        if not config.count_mask and mask_id < scores.shape[1]:
             scores[:, mask_id] = -torch.inf
         for token in config.suppress_ids:
             scores[:, token] = -torch.inf
@@ -168,8 +169,8 @@ def _divergence(now: Tensor, before: Tensor, mask_id: int, config: DecodeConfig)
 
 
 def forbid(scores: Tensor, mask_id: int, config: DecodeConfig) -> None:
-    """Rules out, in scores [..., V] that are changed, what is never chosen."""
-    if not config.choose_mask:
+    """Rules out, in scores [..., V] that are changed, what is never chosen. A mask of V or more is none of them."""
+    if not config.choose_mask and mask_id < scores.shape[-1]:
         scores[..., mask_id] = -torch.inf
     for token in config.suppress_ids:
         scores[..., token] = -torch.inf
@@ -179,8 +180,12 @@ def draw(scores: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     """Tokens [...] from softmax(scores [..., V] / temperature), by inverting the cumulative distribution at `uniform`.
 
     One random number a position, in float64: a row of the batch draws the same whatever its neighbours are, and rare
-    tokens keep their share. With top_p < 1 only the most probable tokens that together reach it remain.
+    tokens keep their share. With top_p < 1 only the most probable tokens that together reach it remain. With `uniform`
+    of the scores' shape it is what is added to them (see `estimate`).
     """
+    if uniform.ndim == scores.ndim:
+        scores = scores / temperature if top_p == 1 else distribution(scores, temperature, top_p).log()
+        return (scores + uniform).argmax(-1)
     return invert(distribution(scores, temperature, top_p), uniform)
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from dmllm.diffusion.schedules import SCHEDULES as NOISE
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
-from dmllm.samplers.schedules import CURVES, commit_table, remasked, time_table, until_something
+from dmllm.samplers.schedules import (
+    CURVES,
+    MASKGIT,
+    commit_table,
+    open_shares,
+    remasked,
+    time_table,
+    until_something,
+)
 
 
 def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uniform: Tensor, length: int) -> Tensor:
@@ -26,6 +34,8 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
     if config.schedule in CURVES:
         table = commit_table(config.schedule, config.shift, length, steps, asked.device)
         return table[canvas.opened, calls.clamp(max=steps)]
+    if config.schedule in MASKGIT:
+        return open_rows - still_open(config, canvas, open_rows, length, steps)
     if config.schedule == "fixed":
         return length // steps + (calls < length % steps).long()
     if config.schedule == "time":
@@ -42,6 +52,18 @@ def quota(canvas: Canvas, config: DecodeConfig, asked: Tensor, left: Tensor, uni
     if config.choose_mask or not config.fill_behind_eos:  # some places are never filled
         return canvas.opened // steps + (calls < canvas.opened % steps).long()
     return -(-open_rows // (steps - calls).clamp(min=1))
+
+
+def still_open(config: DecodeConfig, canvas: Canvas, left: Tensor, length: int, steps: int) -> Tensor:
+    """How many of the `left` [B] open tokens a MaskGIT step leaves open, [B]: the share of its schedule, rounded down,
+    of what was open at first; one at least, but fewer than before; none at the last call. Under maskgit_fixed it is the
+    share of all of the canvas, and one stays open until the last call (MMaDA's code)."""
+    shares = open_shares(config.noise_schedule, steps, left.device)[canvas.calls.clamp(max=steps - 1)]
+    if config.schedule == "maskgit_fixed":
+        keep = (length * shares).floor().long().minimum(left - 1).clamp(min=1)
+    else:
+        keep = (canvas.opened * shares).floor().long().clamp(min=1).minimum(left - 1)
+    return torch.where(canvas.calls < steps - 1, keep, 0)
 
 
 def most(canvas: Canvas, config: DecodeConfig, left: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ from dmllm.diffusion.schedules import SCHEDULES as NOISE
 from dmllm.registry import nearest
 
 CURVES = ("linear", "shift", "cosine", "logit_normal")
+MASKGIT = ("maskgit", "maskgit_fixed")
+COOLING = ["linear", "compounding", "constant"]
+SAMPLING = ["inverse", "multinomial", "gumbel"]
 REMDM = ["cap", "rescale", "conf", "loop", "forward_backward", "psi"]
 LOOP = (0.55, 0.05, 0.9)  # from which time to which so many tokens stay known: the authors' settings
 
@@ -97,6 +100,38 @@ def remasked(rule: str | None, eta: float, now: Tensor, then: Tensor) -> Tensor:
     return most if rule == "conf" else torch.zeros_like(now)
 
 
+@lru_cache(maxsize=64)
+def open_shares(noise: str, calls: int, device: torch.device) -> Tensor:
+    """The share gamma(r) of tokens that stays open after each call, once r of the calls are over, [calls] float32.
+
+    Source: Chang et al., MaskGIT, arXiv:2202.04200, section 3.3; code Gen-Verse/MMaDA (models/sampling.py), whose
+    rounding in float32 this keeps: 16 tokens of which half stay open may be 7.
+    """
+    ratio = torch.tensor([(call + 1) / calls for call in range(calls)])
+    if noise == "cosine":
+        shares = torch.cos(ratio * math.pi * 0.5)
+    elif noise in ("linear", "square", "cubic"):
+        shares = 1 - ratio ** {"linear": 1, "square": 2, "cubic": 3}[noise]
+    elif noise == "sigmoid":
+        low, high = torch.sigmoid(torch.tensor(-3.0)), torch.sigmoid(torch.tensor(3.0))
+        shares = (high - torch.sigmoid(ratio * 6.0 - 3.0)) / (high - low)
+    else:
+        shares = 1 - NOISE.load(noise)().alpha(1 - ratio)
+    return shares.to(device)
+
+
+@lru_cache(maxsize=64)
+def cooled(temperature: float, cooling: str, calls: int, device: torch.device) -> Tensor:
+    """The scale of the noise on the order at each call, [calls] float32: times 1 - r where it is linear (MaskGIT), and
+    times that at every call where it is compounding (MMaDA)."""
+    scales = []
+    for call in range(calls):
+        left = 1 - (call + 1) / calls
+        before = scales[-1] if scales and cooling == "compounding" else temperature
+        scales.append(before * (1.0 if cooling == "constant" else left))
+    return torch.tensor(scales, device=device)
+
+
 def check_process(config: Any) -> None:
     """Raises ValueError where the settings (a `DecodeConfig`) ask of the process what it is not."""
     if config.noise_schedule not in NOISE and ":" not in config.noise_schedule:
@@ -109,6 +144,15 @@ def check_process(config: Any) -> None:
         raise ValueError(
             f"remdm={config.remdm!r} runs the diffusion process backwards; say schedule='time', remasking='origin'."
         )
+    for name, known in (("order_cooling", COOLING), ("sampling", SAMPLING)):
+        if (value := getattr(config, name)) not in known:
+            raise ValueError(f"{name}={value!r} is not known; {nearest(str(value), known)}")
+    noisy = [f"order_temperature={config.order_temperature}"] if config.order_temperature else []
+    noisy += [f"sampling={config.sampling!r}"] if config.sampling != "inverse" else []
+    if config.order_temperature < 0 or (noisy and config.remasking != "low_confidence"):
+        raise ValueError(f"{' and '.join(noisy)}: 0 or above, and with remasking='low_confidence'; leave it out.")
+    if config.sampling != "inverse" and (config.remdm or config.revoke_threshold or config.sub_block_length):
+        raise ValueError(f"{noisy[-1]} draws for a whole canvas; leave remdm, revoke_threshold, sub_block_length out.")
     if config.schedule == "carried" and config.threshold is None:
         raise ValueError("schedule='carried' carries over what threshold turns down; say it, e.g. threshold=0.9.")
     if config.schedule == "first_hitting":

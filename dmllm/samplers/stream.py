@@ -83,6 +83,13 @@ class Stream:
         """Whether every request has a prompt."""
         return min(self._counts, default=0) > 0
 
+    def shared(self, copies: int) -> Stream:
+        """This stream, its rows being `copies` times those of the requests, the first of each, then the second ones:
+        the same canvas behind other prompts."""
+        assert self.copies == 1, "rows are shared once"
+        self.copies, self._requests = copies, self._requests[: len(self.lengths) // copies]
+        return self
+
     def follow(self, requests: Tensor) -> Tensor | None:
         """Only the rows of `requests` [B'] from now on; which of the rows these are, None if nothing has changed."""
         if requests is self._requests:
