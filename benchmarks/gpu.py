@@ -5,7 +5,7 @@ in their number of calls alone, so that neither the prompt nor what is done once
 the keys and values once through the memory, at the rate of a sum, or the multiplications at the rate of a square
 product, whichever is longer.
 
-    python -m benchmarks.gpu [--layers 32] [--prompts 793 3709] [--batches 1 8] [--out FOLDER]
+    python -m benchmarks.gpu [--layers 32] [--prompts 793 3709] [--batches 1 8] [--blocks 32] [--out FILE]
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from dmllm.pipeline import Pipeline
 
 TOKENS, BLOCK = 128, 32
 FEW, MANY = 32, 128  # calls for an answer
-WAYS = {
-    "block-causal": {"visibility": f"block:{BLOCK}"},
-    "dual cache": {"visibility": "full", "cache": "dual"},
-    "prompt once": {"visibility": "prefix"},
-}
+
+
+def ways(block: int) -> dict[str, dict[str, Any]]:
+    """What is kept from call to call, by name."""
+    return {
+        "block-causal": {"visibility": f"block:{block}", "block_length": block},
+        "dual cache": {"visibility": "full", "cache": "dual", "block_length": block},
+        "prompt once": {"visibility": "prefix", "block_length": block},
+    }
 
 
 def build(
@@ -123,12 +127,12 @@ def measure_all(given: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for prompt in given.prompts:
         for batch in given.batches:
-            for name, way in WAYS.items():
+            for block, (name, way) in [(size, way) for size in given.blocks for way in ways(size).items()]:
                 row = measure(pipeline, prompt, batch, way, given.device)
-                fed = TOKENS if name == "prompt once" else BLOCK
+                fed = TOKENS if name == "prompt once" else block
                 least = limit(pipeline, prompt, batch, fed, reading, multiplying)
-                rows.append({"prompt": prompt, "batch": batch, "way": name, **row, "limit": least})
-                tell(f"prompt {prompt}, batch {batch}, {name}: {row['call']:.2f} ms a call, at least {least:.2f}")
+                rows.append({"prompt": prompt, "batch": batch, "block": block, "way": name, **row, "limit": least})
+                tell(f"prompt {prompt}, batch {batch}, blocks of {block}, {name}: {row['call']:.2f} ms a call")
     about = machine.about()
     if given.device == "cuda":
         about["processor"] = torch.cuda.get_device_name()
@@ -141,13 +145,14 @@ def lines(found: dict[str, Any]) -> list[str]:
         machine.in_words(found["about"]),
         f"reads {found['read_per_second'] / 1e9:.0f} GB/s, multiplies {found['flops_per_second'] / 1e12:.0f} TFLOP/s",
         "",
-        f"{'prompt':>6} {'batch':>5}  {'way':<12} {'ms a call':>9} {'limit':>6} {'reached':>7} "
+        f"{'prompt':>6} {'batch':>5} {'block':>5}  {'way':<12} {'ms a call':>9} {'limit':>6} {'reached':>7} "
         f"{'ms, 32 calls':>12} {'tokens/s':>8}",
     ]
     for row in found["rows"]:
         said.append(
-            f"{row['prompt']:>6} {row['batch']:>5}  {row['way']:<12} {row['call']:>9.2f} {row['limit']:>6.2f} "
-            f"{row['limit'] / row['call']:>7.0%} {row['request']:>12.0f} {row['tokens_per_second']:>8.0f}"
+            f"{row['prompt']:>6} {row['batch']:>5} {row['block']:>5}  {row['way']:<12} {row['call']:>9.2f} "
+            f"{row['limit']:>6.2f} {row['limit'] / row['call']:>7.0%} {row['request']:>12.0f} "
+            f"{row['tokens_per_second']:>8.0f}"
         )
     return [*said, ""]
 
@@ -159,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--prompts", type=int, nargs="+", default=[793, 3709])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[BLOCK], help="tokens of a block")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", default="runs/bench/gpu.json")
     given = parser.parse_args(argv)
