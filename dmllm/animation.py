@@ -148,7 +148,12 @@ def save_gif(
     Raises:
         ValueError: there are no steps, or the image cannot be read.
     """
-    pages = draw_frames(steps, token_texts, image=image, question=question, row=row)
+    return save_pictures(draw_frames(steps, token_texts, image=image, question=question, row=row), path, seconds)
+
+
+def save_pictures(pages: Sequence[Image.Image], path: str | Path, seconds: float = 0.32) -> Path:
+    """Pictures of one size as an animated GIF, such as those of `Pipeline.imagining`; further as `save_gif`."""
+    pages = [*pages, *pages[-1:]] if len(pages) == 1 else pages
     palette = _palette(pages[len(pages) // 2], pages[-1])
     indexed = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     each = max(40, min(int(seconds * 1000), 20000 // len(pages)))

@@ -21,6 +21,7 @@ from dmllm.computed import Kept
 from dmllm.constraints import Constraints
 from dmllm.data.collate import collate
 from dmllm.encoded import ROOM
+from dmllm.imagining import Draws
 from dmllm.infilling import conversations_of, infill
 from dmllm.likelihoods import likelihoods
 from dmllm.logits import aligned_logits
@@ -42,6 +43,7 @@ def load(
     config: Mapping[str, Any] | None = None,
     image_room: int = ROOM,
     prompt_room: int = ROOM,
+    image_tokenizer: Any = None,
 ) -> Pipeline:
     """A checkpoint ready to be asked.
 
@@ -52,6 +54,7 @@ def load(
         revision: of a hub name: a branch, tag or commit.
         config: fields over those of a published config.json, e.g. {"image_aspect_ratio": "pad"}.
         image_room, prompt_room: as for `Pipeline`.
+        image_tokenizer: what makes pictures of codes, or its path; None is the checkpoint's own, if it has one.
 
     Raises:
         ValueError, FileNotFoundError: there is no such checkpoint, or it is not complete; the message says which file.
@@ -59,10 +62,11 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own = folder.dtype_of(dtype, device)
     loaded = folder.load(path_or_name, device=device, dtype=own, revision=revision, config=config)
-    return Pipeline(loaded.model, loaded.processor, loaded.generation, image_room, prompt_room)
+    pipeline = Pipeline(loaded.model, loaded.processor, loaded.generation, image_room, prompt_room)
+    return pipeline.drawing_by(image_tokenizer or loaded.image_tokenizer)
 
 
-class Pipeline:
+class Pipeline(Draws):
     """A model, the processor that feeds it, and its decode defaults.
 
     Args:
@@ -324,10 +328,8 @@ class Pipeline:
         if (own := getattr(self.model, "decode_config", None)) is not None:
             return own(decode, self.generation)
         config = decode_config(decode, self.generation)
-        if config.eos_token_id is not None:
-            return config
         own = getattr(self.processor, "stop_ids", None) or (self.special.eos,)
-        return replace(config, eos_token_id=list(own))
+        return config if config.eos_token_id is not None else replace(config, eos_token_id=list(own))
 
     def replies(self, step: Step, **decode: Any) -> list[Reply]:
         """The answers that a step of `stream` shows so far: what is known in order, up to the end of sequence."""
@@ -348,9 +350,7 @@ class Pipeline:
     @property
     def tiling(self) -> TilingConfig | None:
         """How images are cut: the processor's way, or the model's own; None for text only."""
-        if self.processor is not None:
-            return self.processor.config.tiling
-        return getattr(self.model, "tiling", None)
+        return getattr(self.model if self.processor is None else self.processor.config, "tiling", None)
 
     def describe(self) -> dict[str, Any]:
         """Family, parts, sizes, ids, caches and decode defaults, by name."""
@@ -381,8 +381,7 @@ class Pipeline:
         return decode(*asked, *run, constraint)
 
     def _collate(self, examples: list[Example]) -> Batch:
-        tiling = self.tiling
-        return collate(examples, self.special, rows_per_tile=tiling.rows_per_tile if tiling else 0)
+        return collate(examples, self.special, rows_per_tile=getattr(self.tiling, "rows_per_tile", 0))
 
     def _prompts(self, requests: list[tuple[Any, list[Any]]]) -> list[Example]:
         return prompts_of(self._processor(), requests)

@@ -34,7 +34,7 @@ LEVELS = {
     "objectives": 3, "samplers": 3, "families": 3, "checkpoints": 3,
     "requests": 3, "replies": 4, "encoded": 4, "computed": 4, "prompted": 4, "likelihoods": 4, "predictor": 4,
     "logits": 4, "scoring": 4, "infilling": 4, "pipeline": 4, "constraints": 4, "animation": 4, "auto": 4, "growing": 4,
-    "drawing": 4,
+    "drawing": 4, "board": 4, "imagining": 4,
     "training": 5,
     "serve": 6, "evaluation": 6, "rl": 6,
     "cli": 8, "__main__": 8, "__init__": 8,
@@ -44,7 +44,8 @@ SIBLINGS = {
     ("prompted", "computed"), ("likelihoods", "computed"), ("likelihoods", "prompted"), ("predictor", "computed"),
     ("predictor", "prompted"), ("scoring", "computed"), ("scoring", "prompted"), ("infilling", "predictor"),
     ("infilling", "scoring"), ("infilling", "growing"), ("growing", "predictor"),
-    ("drawing", "prompted"),
+    ("drawing", "prompted"), ("board", "drawing"), ("imagining", "board"), ("imagining", "drawing"),
+    ("pipeline", "imagining"),
     ("pipeline", "encoded"), ("pipeline", "computed"), ("pipeline", "replies"),
     *(("pipeline", part) for part in ("predictor", "likelihoods", "constraints", "logits", "scoring", "infilling")),
 }  # fmt: skip

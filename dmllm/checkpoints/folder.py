@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 from dmllm.checkpoints.card import model_card
+from dmllm.checkpoints.image_tokenizer import save_image_tokenizer
 from dmllm.checkpoints.native import read_native, save_native
 from dmllm.checkpoints.published import read_published
 from dmllm.checkpoints.tokenizer import read_tokenizer
@@ -29,9 +30,11 @@ from dmllm.data.processor import Processor, ProcessorConfig
 from dmllm.families import FAMILIES, Family, family_of
 from dmllm.hub import fetch, find
 from dmllm.models.configuration import DmllmConfig
+from dmllm.models.image_tokenizers import ImageTokenizer
 from dmllm.models.multimodal import MultimodalModel
 
 CONFIG, GENERATION, CARD, PROCESSOR = "config.json", "generation_config.json", "README.md", "processor_config.json"
+IMAGE_TOKENIZERS = ("image_tokenizer", "vqvae")  # folders in a checkpoint's; the second is Lumina-DiMOO's
 DECODE = "decode_defaults"  # the configuration's attribute; never in config.json
 TOKENIZER = "tokenizer.json|tokenizer_config.json"
 TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
@@ -43,12 +46,14 @@ class Loaded:
     """What a folder held; `processor` is None where there is no tokenizer, `generation` the decode defaults.
 
     fresh: ids of tokens that its tokenizer lacked and got, which the model has not seen and may have no row for.
+    image_tokenizer: the folder of the one that belongs to it, or None.
     """
 
     model: MultimodalModel
     processor: Processor | None
     generation: dict[str, Any] = field(default_factory=dict)
     fresh: tuple[int, ...] = ()
+    image_tokenizer: Path | None = None
 
 
 def save(
@@ -59,6 +64,7 @@ def save(
     generation: Mapping[str, Any] | None = None,
     card: str | None = None,
     dtype: torch.dtype | None = None,
+    image_tokenizer: ImageTokenizer | None = None,
 ) -> Path:
     """Write the folder; one that is there is replaced at the end, so a reader never sees half of it.
 
@@ -66,6 +72,7 @@ def save(
         generation: decode defaults; None is what the model was loaded or composed with (`decode_defaults`).
         card: text for the model card, such as what it was trained on.
         dtype: of the weights in the file; None as they are.
+        image_tokenizer: what makes pictures of its codes, which goes into a folder of its own.
 
     Raises:
         ValueError: `path` is a folder that holds something other than a checkpoint.
@@ -90,6 +97,8 @@ def save(
             processor.save_pretrained(new)
         defaults = decode_defaults(model) if generation is None else dict(generation)
         _write(new / GENERATION, to_dict(defaults))
+        if image_tokenizer is not None:
+            save_image_tokenizer(image_tokenizer, new / IMAGE_TOKENIZERS[0])
         (new / CARD).write_text(model_card(path.name, model, defaults, card), encoding="utf-8")
         if path.exists():
             path.rename(old)
@@ -167,7 +176,14 @@ def load(
     wrong = [f"{name} ({list(stored)} for {list(wanted)})" for name, stored, wanted in report["mismatched_keys"]]
     refuse_keys(report["missing_keys"], [*report["unexpected_keys"], *wrong], folder, f"the model of its {CONFIG}")
     processor = Processor.from_pretrained(folder) if (folder / PROCESSOR).is_file() else None
-    return Loaded(model=model.to(device).eval(), processor=processor, generation=generation)
+    return Loaded(
+        model=model.to(device).eval(), processor=processor, generation=generation, image_tokenizer=_drawing(folder)
+    )
+
+
+def _drawing(folder: Path) -> Path | None:
+    """The folder of a checkpoint's image tokenizer."""
+    return next((folder / name for name in IMAGE_TOKENIZERS if (folder / name / CONFIG).is_file()), None)
 
 
 def _load_published(
@@ -198,7 +214,7 @@ def _load_published(
             mask, new = find_mask(tokenizer, said)
             model.config.mask_token_id, fresh = mask, (mask,) if new else ()
         processor = Processor(tokenizer, config, model.config.special, family.chat_template)
-    return Loaded(model=model, processor=processor, generation=decode, fresh=fresh)
+    return Loaded(model=model, processor=processor, generation=decode, fresh=fresh, image_tokenizer=_drawing(folder))
 
 
 def _beside(folder: Path, family: Family) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dmllm.cli.drawing import add_drawing
+from dmllm.cli.options import decode_options, example
 from dmllm.cli.published import add_commands
 
 if TYPE_CHECKING:
     from dmllm.types import Step
-
-PACKAGED = Path(__file__).parent.parent / "assets"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +54,14 @@ def chat(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     from dmllm.pipeline import load
 
-    decode, words = _decode_options(rest)
+    decode, words = decode_options(rest)
     if len(words) > 1 or (words and arguments.question):
         raise ValueError(
             f"{' '.join(words)!r} is not understood: write the question in one pair of quotes, options as --steps=8."
         )
     arguments.question = arguments.question or (words[0] if words else None)
     pipeline = load(arguments.model, device=arguments.device)
-    images = [_example(path) for path in arguments.image]
+    images = [example(path) for path in arguments.image]
     if arguments.question:
         _answer(pipeline, arguments.question, images, decode, arguments)
         return
@@ -72,9 +72,9 @@ def chat(arguments: argparse.Namespace, rest: list[str]) -> None:
     messages: list[dict] = []
     while (line := _read_line(console)) is not None:
         if line.startswith("/image "):
-            images.append(_example(line.removeprefix("/image ").strip()))
+            images.append(example(line.removeprefix("/image ").strip()))
         elif line == "/new":
-            messages, images = [], [_example(path) for path in arguments.image]
+            messages, images = [], [example(path) for path in arguments.image]
         elif line:
             shown = [{"type": "image", "image": image} for image in images] if not messages else []
             question = {"role": "user", "content": [*shown, {"type": "text", "text": line}]}
@@ -217,29 +217,6 @@ def tokenizer_train_image(arguments: argparse.Namespace, rest: list[str]) -> int
     return 0
 
 
-def _decode_options(rest: list[str]) -> tuple[dict, list[str]]:
-    """`--steps=8 --threshold 0.9 question` as (values by name, other words); DecodeConfig judges the names."""
-    options: dict = {}
-    others: list[str] = []
-    words = iter(rest)
-    for word in words:
-        if not word.startswith("--"):
-            others.append(word)
-            continue
-        name, given, value = word[2:].partition("=")
-        value = value if given else next(words, None)
-        if value is None:
-            raise ValueError(f"--{name} needs a value, e.g. --{name}=8.")
-        options[name.replace("-", "_")] = yaml.safe_load(value)
-    return options, others
-
-
-def _example(path: str) -> str:
-    """A path as given, or the packaged picture of that name: examples/scene.png works wherever dmllm is installed."""
-    packaged = PACKAGED / path
-    return str(packaged) if not Path(path).exists() and path.startswith("examples/") and packaged.exists() else path
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmllm", description="Multimodal diffusion language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -261,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--gif", help="save the denoising as an animation")
     p.add_argument("--device", help="cpu, cuda, ...; the GPU if there is one")
 
+    add_drawing(command)
     add_commands(command)
 
     p = command("train", train, passes_on=True)

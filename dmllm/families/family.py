@@ -108,6 +108,9 @@ class Family:
     tokenizer has one."""
     decode_of: Callable[[Fields], dict[str, Any]] | None = None
     """Published config.json -> those of them that depend on it."""
+    drawing: Fields = field(default_factory=dict)
+    """The authors' settings of a picture: those of `drawing.SETTINGS`, guidance, edit_guidance,
+    image_guidance and size in pixels."""
     image_vocabulary: Callable[[Fields], ImageVocabulary | None] | None = None
     """Published config.json -> where the codes of an image tokenizer lie in the vocabulary; None: nowhere."""
     verified: str = ""
@@ -119,7 +122,8 @@ class Family:
 
     def decode_defaults(self, config: Fields) -> dict[str, Any]:
         """The authors' decode settings for a published config.json."""
-        return {**self.decode, **(self.decode_of(config) if self.decode_of else {})}
+        drawing = {"drawing": dict(self.drawing)} if self.drawing else {}
+        return {**self.decode, **(self.decode_of(config) if self.decode_of else {}), **drawing}
 
     def computed_weights(self, config: Fields) -> dict[str, Tensor]:
         """The tensors that follow from a published config.json, under their published names."""

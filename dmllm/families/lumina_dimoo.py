@@ -88,6 +88,18 @@ LUMINA_DIMOO = Family(
         "cfg_masks_draft": True,
     },
     decode_of=decode_of,
+    drawing={
+        "size": 1024,
+        "steps": 64,
+        "guidance": 4.0,
+        "edit_guidance": 2.5,
+        "image_guidance": 4.0,
+        "temperature": 1.0,
+        "schedule": "maskgit",
+        "noise_schedule": "cosine",
+        "order_temperature": 1.0,
+        "order_cooling": "constant",
+    },
     image_vocabulary=image_vocabulary,
     quirks=(
         (
@@ -112,5 +124,6 @@ LUMINA_DIMOO = Family(
         ),
     ),
     example={**EXAMPLE, "architectures": [CLASS], "vocab_size": 384, "embedding_size": 384},
-    verified="logits, picture ids, answers, forwards, guidance, loss: tests/families/test_lumina_dimoo.py",
+    verified="logits, picture ids, answers, forwards, guidance, loss: tests/families/test_lumina_dimoo.py; pictures "
+    "and edits, seeded: tests/families/test_drawing.py",
 )

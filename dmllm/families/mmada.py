@@ -49,8 +49,28 @@ MMADA = Family(
     ignored=(r".*rotary_emb\.inv_freq",),
     chat_template=CHAT_TEMPLATE,
     decode={"max_new_tokens": 512, "block_steps": 64, "block_length": 128, "count_mask": True},
+    drawing={
+        "size": 512,
+        "steps": 15,
+        "guidance": 3.5,
+        "temperature": 1.0,
+        "schedule": "maskgit_fixed",
+        "noise_schedule": "cosine",
+        "order_temperature": 1.0,
+        "order_cooling": "compounding",
+    },
     image_vocabulary=image_vocabulary,
     quirks=(
+        (
+            "the noise on the order of codes is made smaller by 1 - r at every call, each time by what is left of it",
+            "order_cooling: compounding, the default here; linear is MaskGIT's",
+            "what its pictures were made with; of 15 calls the eighth has a twentieth of the first noise",
+        ),
+        (
+            "counts what stays masked from all codes of a picture, also where most of them are given",
+            "schedule: maskgit_fixed, the default here; maskgit counts what was open",
+            "with much of a picture given, its first calls find one code each",
+        ),
         (
             "training adds 1 to attention at real tokens and 0 at padding, in place of a mask",
             "objective.options.padding: hidden, the default; faint is theirs",
@@ -78,5 +98,5 @@ MMADA = Family(
         "new_vocab_size": 384,
     },
     verified="logits, answers about pictures, forwards: tests/families/test_mmada.py; losses: "
-    "tests/families/test_losses.py",
+    "tests/families/test_losses.py; pictures, seeded: tests/families/test_drawing.py",
 )

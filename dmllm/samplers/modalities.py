@@ -26,6 +26,7 @@ from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.process import Process
 from dmllm.samplers.stream import Stream, is_static
 
+NEVER = -1e4  # the logit of what cannot stand in a place
 Words = tuple[int, int]
 Asked = tuple[tuple[Tensor, Words], ...]
 """Positions [B, K] of the whole canvas, and which ids may stand there: the first, and the one behind the last."""
@@ -41,6 +42,7 @@ class Part:
     slots: Tensor  # [S] int64, ascending: its places
     words: Words  # what may stand there
     config: DecodeConfig  # how it is filled
+    allowed: Tensor | None = None  # [S, C] bool: which of these each place takes; None is all
     order: Tensor | None = None  # [S] int64: when the turn of each place is, where that is fixed
 
     def mask(self, mask_id: int) -> int:
@@ -112,6 +114,16 @@ class _Said:
 
     def __call__(self, number: int, own: Canvas, rows: Tensor) -> Tensor:
         part, canvas = self.parts[number], self.canvas
+        said = self._of(part, canvas, number, own, rows)
+        if part.allowed is None:
+            return said
+        allowed = part.allowed.to(said.device)[rows]
+        mask = part.mask(canvas.mask_id)
+        if mask < said.shape[-1]:  # what it says of that is for the rules to judge
+            allowed[..., mask] = True
+        return said.masked_fill(~allowed, NEVER)
+
+    def _of(self, part: Part, canvas: Canvas, number: int, own: Canvas, rows: Tensor) -> Tensor:
         if len(self.parts) == 1 or own.ids is not canvas.parts[number].ids:
             whole = replace(part.put(canvas, own), time=own.time)
             return self.predict(whole, ((part.slots[rows], part.words),))[0]
