@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Generator
 
+import dmllm.samplers.modalities
 from dmllm.drawing import SETTINGS, UNKNOWN, Guidance, draw, drawing_config, fill
 from dmllm.image_vocabulary import ImageVocabulary
 from dmllm.models.configuration import DmllmConfig
@@ -11,6 +12,7 @@ from dmllm.models.multimodal import MultimodalModel
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.maskgit import halton
 from dmllm.samplers.modalities import Part
+from tests.test_as_on_a_gpu import act
 
 IMAGES = ImageVocabulary(offset=24, size=16, begin=20, end=21, mask=23, newline=22, draw=(19,))
 PROMPTS = [IMAGES.drawing([1, 2, 3]), IMAGES.drawing([4]), IMAGES.drawing([5, 6, 7, 8, 9])]
@@ -197,3 +199,15 @@ def test_a_checkpoints_settings_go_under_the_callers_and_over_the_common_ones():
     assert (config.steps, config.order_cooling, config.schedule, spread) == (3, "constant", "maskgit", False)
     config, spread = drawing_config({"remasking": "halton"}, {"order_temperature": 4.0}, 16)
     assert (config.remasking, config.order_temperature, spread) == ("sequential", 0.0, True)
+
+
+@pytest.mark.parametrize("name", ["maskgit", "halton", "entropy bound", "remdm", "multinomial"])
+def test_where_no_shape_depends_on_data_as_on_a_gpu_the_same_codes_are_drawn(model, name, monkeypatch):
+    options = {"guidance": Guidance(scales=(2.0,), interval=(0.2, 0.9)), "generator": 3, **RULES[name]}
+    codes = torch.full((3, 3, 4), UNKNOWN)
+    codes[1, 0] = torch.tensor([3, 1, 4, 1])
+    plain = last(model, [PROMPTS, [IMAGES.drawing([])] * 3], (3, 4), codes=codes, **options)
+    act(monkeypatch)
+    monkeypatch.setattr(dmllm.samplers.modalities, "is_static", lambda device: True)
+    static = last(model, [PROMPTS, [IMAGES.drawing([])] * 3], (3, 4), codes=codes, **options)
+    assert torch.equal(static.codes, plain.codes)
