@@ -100,7 +100,13 @@ def assemble(config: TrainConfig) -> Run:
 
 def adapt(model: Any, required: dict[str, Any], generation: dict[str, Any]) -> None:
     """Makes the model one that learns by the objective; where that changes its blocks, it no longer decodes in those
-    that it had, unless the configuration's `generation` says so."""
+    that it had, unless the configuration's `generation` says so.
+
+    Raises:
+        ValueError: it is a model that learns nothing here, or cannot be given what the objective requires.
+    """
+    if not hasattr(model, "adapt"):
+        raise ValueError(f"A {type(model).__name__}, which transformers computes, is run here, but not trained.")
     before = model.config.visibility
     model.adapt(**required)
     if model.config.visibility != before and "block_length" not in generation:

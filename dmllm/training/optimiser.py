@@ -15,8 +15,6 @@ from torch.nn import Parameter
 from dmllm.training.config import OptimiserConfig, PartConfig, PartsConfig
 from dmllm.training.muon import Muon
 
-PARTS = ("vision", "projector", "backbone")
-
 
 def part_of(name: str) -> str:
     """The part (vision, projector, backbone) that a parameter's name belongs to; heads are of the backbone."""
@@ -105,12 +103,7 @@ def set_learning_rates(optimisers: dict[str, torch.optim.Optimizer], factor: flo
 
 
 def _part(parts: PartsConfig, name: str) -> PartConfig:
-    if (part := part_of(name)) not in PARTS:
-        raise ValueError(
-            f"{name} is of none of the parts that learn ({', '.join(PARTS)}): a model that transformers computes in "
-            "its own way, such as DiffusionGemma, is run here, but not trained."
-        )
-    return getattr(parts, part)
+    return getattr(parts, part_of(name))
 
 
 def _scale(part: PartConfig, config: OptimiserConfig) -> float:
