@@ -61,9 +61,10 @@ class SpecialTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary(SpecialTokens):
-    """The special ids, and how many ids there are in all: what random tokens are drawn from."""
+    """The special ids, how many ids there are in all, what random tokens are drawn from, and where codes are."""
 
     size: int
+    codes: tuple[int, int] | None = None  # the first code of a picture, and the id behind the last
 
     @property
     def reserved(self) -> tuple[int, ...]:

@@ -282,7 +282,8 @@ class MultimodalModel(PreTrainedModel):
     @property
     def vocabulary(self) -> Vocabulary:
         """The special ids, and how many rows of the vocabulary there are."""
-        return Vocabulary(**vars(self.config.special), size=self.backbone.config.vocab_size)
+        codes = None if self.config.images is None else self.config.images.codes_of
+        return Vocabulary(**vars(self.config.special), size=self.backbone.config.vocab_size, codes=codes)
 
     def _head(self, name: str, options: Mapping[str, Any]) -> Any:
         return build_head(name, options, self.backbone.config.hidden_size, self.backbone.config.vocab_size)

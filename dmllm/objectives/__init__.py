@@ -13,6 +13,7 @@ OBJECTIVES = Table(
     "objective",
     {
         "masked": "dmllm.objectives.masked:MASKED",
+        "unified": "dmllm.objectives.unified:UNIFIED",
         "block": "dmllm.objectives.block:BLOCK",
         "autoregressive": "dmllm.objectives.autoregressive:AUTOREGRESSIVE",
         "mlm": "dmllm.objectives.mlm:MLM",

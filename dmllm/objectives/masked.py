@@ -162,7 +162,7 @@ class Masked:
             uniform = draws.uniform(int(batch.documents.max().clamp(min=0)) + 1, STREAM).to(canvas.device)
             batch, share = one_block(batch, self.config.noise_block, uniform, self.special.mask)
         scorable = batch.labels != IGNORE
-        t = self._times(batch, draws).to(batch.labels.device)  # [B, L]
+        t = self.times(batch, draws).to(batch.labels.device)  # [B, L]
         uniform = draws.uniform(batch.labels.shape[1]).to(t.device)
         hidden = draw_hidden(1 - self.schedule.alpha(t), uniform, scorable)
         if self.config.at_least_one:
@@ -197,7 +197,7 @@ class Masked:
             counts["confidence"] = (per_document(share, batch.documents) > 0).sum().float().cpu() * len(views)
         weights, count = normalise(
             self.config.reduction,
-            torch.cat([self._weights(batch, *view, time) for view in zip(views, times, strict=True)]),
+            torch.cat([self.weights(batch, *view, time) for view in zip(views, times, strict=True)]),
             torch.cat([share] * len(views)),
             torch.cat(views),
             torch.cat([batch.documents] * len(views)),
@@ -251,7 +251,7 @@ class Masked:
         """[B, L]: rows of a batch row with the same number share a time. Here each document has one."""
         return batch.documents.clamp(min=0)
 
-    def _times(self, batch: Batch, draws: Draws) -> Tensor:
+    def times(self, batch: Batch, draws: Draws) -> Tensor:
         """Times stratified over the whole step: [B, L]."""
         alike = self._alike(batch).cpu()
         t = self.t_min + (self.t_max - self.t_min) * draws.stratified(int(alike.max()) + 1)
@@ -264,7 +264,7 @@ class Masked:
         floor = float(self.schedule.time(torch.tensor(least, dtype=torch.float64)))
         return self.schedule.time(self.schedule.alpha(t)).clamp(floor, 1)
 
-    def _weights(self, batch: Batch, hidden: Tensor, t: Tensor, drawn: Tensor) -> Tensor:
+    def weights(self, batch: Batch, hidden: Tensor, t: Tensor, drawn: Tensor) -> Tensor:
         """Of a view at times t that follow from those drawn, all [B, L]: how densely its noise is drawn is theirs."""
         config = self.config
         if config.weight == "none":

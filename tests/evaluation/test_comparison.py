@@ -105,7 +105,7 @@ def test_what_is_above_goes_over_what_is_below_and_named_things_by_their_names()
 def test_the_shipped_comparison_has_every_objective_on_one_backbone_and_as_many_examples(tmp_path):
     for short in (False, True):
         config = read_comparison(SUITE, short=short)
-        assert {p.objective for p in config.paradigms} == {*OBJECTIVES}
+        assert {p.objective for p in config.paradigms} == {*OBJECTIVES} - {"unified"}  # it learns pictures too
         for study in config.studies:
             recipes = [job.recipe() for job in jobs_of(config, tmp_path) if job.study == study]
             for recipe in recipes:

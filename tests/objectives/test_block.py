@@ -98,7 +98,7 @@ def test_one_pass_over_two_copies_scores_what_the_blocks_score_one_by_one(length
 
 def drawn(learned, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """What `prepare` hides, and the times of all rows."""
-    time = learned._times(batch, draws_for(batch))
+    time = learned.times(batch, draws_for(batch))
     return (draws_for(batch).uniform(batch.labels.shape[1]) < time) & (batch.labels != IGNORE), time
 
 
