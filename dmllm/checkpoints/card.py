@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmllm.families import FAMILIES
+from dmllm.models.configuration import DmllmConfig
 from dmllm.models.multimodal import MultimodalModel
+from dmllm.nn.visibility import check_layout
 from dmllm.tiling import TilingConfig, plan
 
 TEMPLATE = """\
@@ -87,7 +89,6 @@ def describe(model: MultimodalModel, tiling: TilingConfig | None) -> dict[str, s
     config, count = model.config, lambda m: sum(p.numel() for p in m.parameters())
     parts = {n: m for n in ("backbone", "vision", "projector") if (m := getattr(model, n, None)) is not None}
     family = None if config.family is None else FAMILIES.load(config.family)
-    seen = config.visibility == "full"
     image = "none" if tiling is None else f"{tiling.mode}, tiles {tiling.tile_size}, rows {tiling.grid}"
     if codes := getattr(config, "images", None):
         image = f"{codes.size} codes of an image tokenizer, from id {codes.offset} on"
@@ -99,12 +100,25 @@ def describe(model: MultimodalModel, tiling: TilingConfig | None) -> dict[str, s
         "vision tower": (config.vision or {}).get("name", "none: text only"),
         "image": image,
         "tokens per image": "none" if tiling is None else _rows_of_images(tiling),
-        "visibility": config.visibility,
-        "cache": "approximate, on demand: cache=prefix or dual; none is exact, as the prompt sees the canvas"
-        if seen
-        else "exact: what is known is computed once",
+        "visibility": config.visibility + (", each token predicted by the row before it" if config.shift else ""),
+        "process": config.process + (", told the time" if _timed(config) else ""),
+        **({"heads": ", ".join(config.heads)} if config.heads else {}),
+        "cache": _caches(config),
         "special ids": ", ".join(f"{k} {v}" for k, v in vars(config.special).items()),
     }
+
+
+def _timed(config: Any) -> bool:
+    return bool(config.backbone.get("time_conditioning"))
+
+
+def _caches(config: Any) -> str:
+    """Which calls need not compute everything."""
+    if check_layout(config.visibility) is not None or (config.visibility != "full" and not _timed(config)):
+        return "exact: what is known is computed once"
+    if config.visibility == "full" and config.process == DmllmConfig().process:
+        return "approximate, on demand: cache=prefix or dual; none is exact, as the prompt sees the canvas"
+    return "none: what a call computes of the prompt depends on the canvas or on the time"
 
 
 def _rows_of_images(tiling: TilingConfig) -> str:

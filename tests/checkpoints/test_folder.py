@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from dmllm.checkpoints import folder
+from dmllm.checkpoints.card import describe
 from dmllm.checkpoints.compose import compose
+from dmllm.models.configuration import DmllmConfig
+from dmllm.models.multimodal import MultimodalModel
 from dmllm.models.vision import VisionConfig
 from tests.checkpoints.conftest import SHAPE, spec
 
@@ -223,3 +227,20 @@ def test_no_code_of_a_checkpoint_is_executed(tmp_path, composed):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": names}))
     (tmp_path / "model" / "evil.py").write_text("raise SystemExit('executed')")
     assert same(folder.load(tmp_path / "model").model, composed[0])
+
+
+def test_info_says_what_a_model_undoes_and_what_it_can_keep() -> None:
+    def said(**fields: Any) -> dict[str, str]:
+        shape = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        backbone = {**shape, "time_conditioning": fields.pop("timed", False)}
+        return describe(MultimodalModel(DmllmConfig(backbone=backbone, **fields)), None)
+
+    assert said()["cache"].startswith("approximate")
+    assert said(visibility="prefix")["cache"].startswith("exact")
+    assert said(visibility="prefix", timed=True)["cache"].startswith("none")
+    assert said(visibility="block:4", timed=True)["cache"].startswith("exact")
+    words = said(process="uniform", timed=True, heads={"next_sentence": {}})
+    assert words["cache"].startswith("none")
+    assert words["process"] == "uniform, told the time"
+    assert words["heads"] == "next_sentence"
+    assert "row before" in said(visibility="causal", shift=True)["visibility"]
