@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from dmllm.checkpoints import folder
 from dmllm.checkpoints.causal_lm import from_transformers
+from dmllm.checkpoints.drawing import to_draw
 from dmllm.checkpoints.vocabulary import complete_tokenizer, grow, widen
 from dmllm.checkpoints.weights import read_weights, refuse_keys
 from dmllm.config import to_dict
@@ -70,6 +71,9 @@ class ModelSpec:
     checkpoint's."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Decode defaults for checkpoints, fields of `DecodeConfig`, e.g. {max_new_tokens: 64, threshold: 0.9}."""
+    drawing: dict[str, Any] = field(default_factory=dict)
+    """Fields of `checkpoints.drawing.DrawingSpec` for a model that draws: {image_tokenizer: FOLDER, size: 64}; {} is
+    none. One without codes in its vocabulary gets them."""
     vocab_multiple: int = 64
     """A vocabulary that has to grow gets a multiple of this many rows; 1 is no padding."""
 
@@ -85,7 +89,13 @@ def compose(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:
         raise ValueError("model: give one of checkpoint (a model to continue) and backbone (the start of a new one).")
     _refuse_unknown(spec.processor, [f.name for f in fields(ProcessorConfig) if f.name != "tiling"], "model.processor")
     _refuse_unknown(spec.tiling, [f.name for f in fields(TilingConfig)], "model.tiling")
-    return _continue(spec) if spec.checkpoint is not None else _build(spec)
+    model, processor = _continue(spec) if spec.checkpoint is not None else _build(spec)
+    if spec.drawing:
+        processor = to_draw(model, processor, spec.drawing, spec.vocab_multiple)
+        own = folder.decode_defaults(model)
+        width, height = processor.pixels[::-1]
+        folder.set_decode_defaults(model, {**own, "drawing": {**own.get("drawing", {}), "size": [width, height]}})
+    return model, processor
 
 
 def _continue(spec: ModelSpec) -> tuple[MultimodalModel, Processor]:

@@ -8,8 +8,8 @@
     paper        MMaDA, arXiv:2505.15809, section 3.1 (t2i, lm and mmu here: image, text, understanding); Lumina-DiMOO,
                  arXiv:2510.06308; MaskGIT, arXiv:2202.04200; one softmax for both: UniDisc, arXiv:2503.20853
 
-    model: {start_from: MODEL WITH AN image_vocabulary}
-    data: data_configs/unified.yaml
+    model: {checkpoint: MODEL, drawing: {image_tokenizer: FOLDER, size: 256}}
+    data: {datasets: [{json_path: described.json, image_folder: images}, {json_path: asked.json}]}
     objective:
       name: unified
       options: {coefficients: {image: 1.0, text: 0.1, understanding: 1.0}}

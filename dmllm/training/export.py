@@ -25,7 +25,8 @@ def save_model(run: Run, path: Path, progress: Progress) -> None:
             model.load_state_dict(weights, assign=True)
     if run.accelerator.is_main_process:
         dtype = getattr(torch, run.config.save_dtype) if run.config.save_dtype else None
-        folder.save(path, model, run.processor, card=card(run, progress), dtype=dtype)
+        drawing = getattr(run.processor, "image_tokenizer", None)
+        folder.save(path, model, run.processor, card=card(run, progress), dtype=dtype, image_tokenizer=drawing)
     run.accelerator.wait_for_everyone()
 
 
