@@ -16,7 +16,7 @@ from dmllm.data.sources import DataSource
 from dmllm.models.image_tokenizers import build_image_tokenizer
 from dmllm.pipeline import load
 from dmllm.training import train
-from dmllm.training.config import ObjectiveConfig, OptimiserConfig
+from dmllm.training.config import ObjectiveConfig, OptimiserConfig, SamplesConfig, ValidationConfig
 from dmllm.types import IGNORE, Record
 from tests.training.test_loop import lines
 
@@ -41,7 +41,8 @@ def drawn(tmp_path):
 
 
 def drawing_recipe(recipe, drawn, *, mixed: bool, **overrides):
-    config = recipe(with_vision=mixed, validation=None, objective=ObjectiveConfig(name="unified"), **overrides)
+    overrides = {"validation": None, **overrides}
+    config = recipe(with_vision=mixed, objective=ObjectiveConfig(name="unified"), **overrides)
     source = DataSource(json_path=str(drawn / "drawn.json"), image_folder=str(drawn))
     sources = (*config.data.datasets, source) if mixed else (source,)
     drawing = {"image_tokenizer": str(drawn / "codes"), "size": 8, "caption_dropout": 0.2}
@@ -49,7 +50,9 @@ def drawing_recipe(recipe, drawn, *, mixed: bool, **overrides):
 
 
 def test_a_model_learns_pictures_beside_answers_and_draws_from_its_folder(recipe, drawn):
+    samples = SamplesConfig(every=6, num_examples=4, decode={"max_new_tokens": 4})
     config = drawing_recipe(recipe, drawn, mixed=True, steps=6, batch_size=8)
+    config = replace(config, samples=samples, validation=ValidationConfig(data=config.data, num_examples=6, every=3))
     result = train(config)
     last = lines(result, "loss")[-1]
     assert math.isfinite(last["loss"])
