@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from dmllm.cli.drawing import add_drawing
 from dmllm.cli.options import decode_options, example
 from dmllm.cli.published import add_commands
