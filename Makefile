@@ -64,7 +64,7 @@ bench: setup
 	@$(THREADS) $(BIN)/python -m benchmarks.batch
 	@$(BIN)/python -m dmllm.evaluation.bench
 
-# Paradigms side by side on text, three seeds of each: within the hour on two cores, and it may be stopped and repeated.
+# Paradigms side by side on text, three seeds of each: about an hour on two free cores; it may be stopped and repeated.
 # ARGS=--short is done in minutes, to see that it runs; ONLY= compares all of eval/suites/paradigms.yaml, in hours.
 ONLY = --studies text repetition --only autoregressive masked "block of 4"
 compare: setup

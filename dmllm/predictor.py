@@ -105,9 +105,7 @@ def prepare(
 
 def _token_by_token(asked: Asked, config: DecodeConfig) -> Prepared:
     """For a model that predicts the next token."""
-    if config.suffix_ids or asked.draft is not None:
-        said = f"suffix_ids={config.suffix_ids}" if asked.draft is None else "draft="
-        raise ValueError(f"{said} is not for a model that predicts the next token, and sees none behind it.")
+    _refuse_given(asked, config, "a model that predicts the next token, and sees none behind it")
     check_prompts((asked.prompts.documents != PADDING).sum(1).tolist())
     check_drafts(asked.model, config.speculate)
     stream = asked.stream(config.max_new_tokens, "causal", config.cfg_scale, CachePolicy.of(config.cache))
@@ -120,9 +118,7 @@ def _in_blocks(asked: Asked, config: DecodeConfig, kind: str, trained: int) -> P
     """For a model of blocks of `trained` tokens."""
     if config.blocks_ahead:
         raise ValueError(f"blocks_ahead={config.blocks_ahead}: with visibility={kind!r} no block sees those behind it.")
-    if config.suffix_ids or asked.draft is not None:
-        said = f"suffix_ids={config.suffix_ids}" if asked.draft is None else "draft="
-        raise ValueError(f"{said} is not for visibility={kind!r}: such a model fills its blocks from left to right.")
+    _refuse_given(asked, config, f"visibility={kind!r}: such a model fills its blocks from left to right")
     first = config.prompt_first and asked.model.config.shift
     calls = {"store_calls": first or (config.store_calls and asked.use_cache is not False), "prompt_first": first}
     length, config = config.max_new_tokens, replace(config, **calls).in_whole_blocks(trained)
@@ -133,6 +129,13 @@ def _in_blocks(asked: Asked, config: DecodeConfig, kind: str, trained: int) -> P
     alone = (config.sub_block_length or config.block_length) if config.sub_block_cache else None
     predict = BlockPredictor(stream, canvas, cfg_scale=config.cfg_scale, sub_block_length=alone, behind=first)
     return predict, canvas, config
+
+
+def _refuse_given(asked: Asked, config: DecodeConfig, whom: str) -> None:
+    """Raises ValueError where something stands on the canvas from the beginning, which is not for `whom`."""
+    if config.suffix_ids or asked.draft is not None:
+        said = f"suffix_ids={config.suffix_ids}" if asked.draft is None else "draft="
+        raise ValueError(f"{said} is not for {whom}.")
 
 
 def _in_any_order(asked: Asked, config: DecodeConfig) -> Prepared:

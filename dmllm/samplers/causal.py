@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import Visibility
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
-from dmllm.samplers.stream import Stream, guided
+from dmllm.samplers.stream import Stream, ask, guided
 
 HEAD = "mtp"  # the head that says what stands behind the next token
 WALK: dict[str, Any] = {"block_length": 1, "block_steps": 1}
@@ -105,15 +104,11 @@ class CausalPredictor:
 
 
 def next_token(model: Any, cache: KVCache | None, *inputs: Tensor) -> Tensor:
-    """Logits [B, K, V] of the token behind each of the rows asked for; `inputs` as those of `stream.call_model`."""
-    stream, positions, *rule, rows, time = inputs
-    given = {"inputs_embeds": stream, "positions": positions, "visibility": Visibility(*rule), "cache": cache}
-    return model(**given, time=time, rows=rows, following=True).logits
+    """Logits [B, K, V] of the token behind each of the rows asked for; `inputs` as those of `stream.ask`."""
+    return ask(model, cache, inputs, rows=inputs[-2], following=True).logits
 
 
 def tokens_ahead(model: Any, cache: KVCache | None, *inputs: Tensor) -> Tensor:
     """Logits [B, K, n, V] of the token behind each of the rows asked for, and of those behind that."""
-    stream, positions, *rule, rows, time = inputs
-    given = {"inputs_embeds": stream, "positions": positions, "visibility": Visibility(*rule), "cache": cache}
-    output = model(**given, time=time, rows=rows, following=True, heads={HEAD: rows})
+    output = ask(model, cache, inputs, rows=inputs[-2], following=True, heads={HEAD: inputs[-2]})
     return torch.cat([output.logits[..., None, :], output.heads[HEAD]], -2)

@@ -19,12 +19,11 @@ import torch
 from torch import Generator, Tensor
 
 from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import Visibility
 from dmllm.samplers.absorbing import ABSORBING
 from dmllm.samplers.canvas import Canvas
 from dmllm.samplers.config import DecodeConfig
 from dmllm.samplers.process import Process
-from dmllm.samplers.stream import Stream, is_static
+from dmllm.samplers.stream import Stream, ask, is_static
 
 NEVER = -1e4  # the logit of what cannot stand in a place
 Words = tuple[int, int]
@@ -190,24 +189,7 @@ class PartPredictor:
 def _projecting(counts: tuple[int, ...], words: tuple[Words, ...]) -> Callable[..., Any]:
     """As `stream.call_model`, for logits of so many of the rows asked for over the first of `words`, and so on."""
 
-    def call(
-        model: Any,
-        cache: KVCache | None,
-        stream: Tensor,
-        positions: Tensor,
-        rank: Tensor,
-        canvas: Tensor,
-        document: Tensor,
-        rows: Tensor,
-        time: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return model(
-            inputs_embeds=stream,
-            positions=positions,
-            visibility=Visibility(rank, canvas, document),
-            cache=cache,
-            time=time,
-            parts=tuple(zip(rows.split(counts, 1), words, strict=True)),
-        ).logits
+    def call(model: Any, cache: KVCache | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return ask(model, cache, inputs, parts=tuple(zip(inputs[-2].split(counts, 1), words, strict=True))).logits
 
     return call

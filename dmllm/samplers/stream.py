@@ -251,26 +251,17 @@ class Cached:
         return self.call(self.model, self.cache, *inputs[:-1])
 
 
-def call_model(
-    model: Any,
-    cache: KVCache | None,
-    stream: Tensor,
-    positions: Tensor,
-    rank: Tensor,
-    canvas: Tensor,
-    document: Tensor,
-    rows: Tensor,
-    time: Tensor,
-) -> Tensor:
-    """Logits [B, K, V] of `rows` [B, K] of the stream [B, W, D] by the rule [B, W]."""
-    return model(
-        inputs_embeds=stream,
-        positions=positions,
-        visibility=Visibility(rank, canvas, document),
-        cache=cache,
-        time=time,
-        rows=rows,
-    ).logits
+def ask(model: Any, cache: KVCache | None, inputs: Sequence[Tensor], **asked: Any) -> Any:
+    """The model's output for the stream [B, W, D] of `inputs`: it, its positions, the three columns of the rule, the
+    rows asked for [B, K], the time. `asked` says what of it: rows, parts, heads, ..."""
+    stream, positions, *rule, _, time = inputs
+    given = {"inputs_embeds": stream, "positions": positions, "visibility": Visibility(*rule), "cache": cache}
+    return model(**given, time=time, **asked)
+
+
+def call_model(model: Any, cache: KVCache | None, *inputs: Tensor) -> Tensor:
+    """Logits [B, K, V] of the rows asked for; `inputs` as those of `ask`."""
+    return ask(model, cache, inputs, rows=inputs[-2]).logits
 
 
 def asked_twice(canvas: Canvas, cfg_scale: float, masks_draft: bool) -> Tensor:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from dmllm.nn.cache import KVCache
-from dmllm.nn.visibility import Visibility
 from dmllm.samplers.canvas import Canvas
-from dmllm.samplers.stream import Call, Stream, asked_twice, guided, heard_of
+from dmllm.samplers.stream import Call, Stream, ask, asked_twice, guided, heard_of
 
 
 class WholePredictor:
@@ -107,26 +106,9 @@ class WholePredictor:
 def _asking(name: str, count: int) -> Callable[..., Any]:
     """As `stream.call_model`, for logits of the first `count` rows asked for and what a head says of the others."""
 
-    def call(
-        model: Any,
-        cache: KVCache | None,
-        stream: Tensor,
-        positions: Tensor,
-        rank: Tensor,
-        canvas: Tensor,
-        document: Tensor,
-        rows: Tensor,
-        time: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        output = model(
-            inputs_embeds=stream,
-            positions=positions,
-            visibility=Visibility(rank, canvas, document),
-            cache=cache,
-            time=time,
-            rows=rows[:, :count],
-            heads={name: rows[:, count:]},
-        )
+    def call(model: Any, cache: KVCache | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        rows = inputs[-2]
+        output = ask(model, cache, inputs, rows=rows[:, :count], heads={name: rows[:, count:]})
         return output.logits, output.heads[name]
 
     return call

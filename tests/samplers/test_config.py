@@ -61,7 +61,7 @@ def test_the_configuration_can_be_written_in_yaml(tmp_path) -> None:
 def test_the_settings_of_the_page_on_decoding_are_settings() -> None:
     page = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
     found = [yaml.safe_load(f"{{{text}}}") for text in re.findall(r"`([a-z_]+: [^`]+)`", page)]
-    assert len(found) >= 20
+    assert len(found) == 24
     for options in found:
         decode_config({"block_length": 32, **options})
     others = {"generation_config", "num_forwards", "use_cache", "image_prefix"}
